@@ -1,0 +1,1 @@
+"""GGUF files and Hugging Face folders in, typed facts out."""

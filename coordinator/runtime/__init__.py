@@ -1,0 +1,1 @@
+"""Plan in, answer out: worker processes, steps and text."""

@@ -1,0 +1,1 @@
+"""Graph in, plan out: ggml's backend scheduler and graph allocator."""

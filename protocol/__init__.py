@@ -1,0 +1,1 @@
+"""What coordinator and workers share: types, limits, plans and the wire between them."""

@@ -1,0 +1,1 @@
+"""Worker processes: one backend each, run by programs that the coordinator ships."""

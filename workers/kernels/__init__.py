@@ -1,0 +1,1 @@
+"""Numerical kernels: one module per family, chosen by table.py."""
