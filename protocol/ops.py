@@ -195,3 +195,24 @@ VIEW_OPS = frozenset({Op.VIEW, Op.RESHAPE, Op.PERMUTE, Op.TRANSPOSE})
 
 MAX_SRC = 10
 """ggml's GGML_MAX_SRC."""
+
+PARAM_KINDS: dict[Op, str] = {
+    Op.RMS_NORM: "f",
+    Op.NORM: "f",
+    Op.L2_NORM: "f",
+    Op.SCALE: "ff",
+    Op.CLAMP: "ff",
+    Op.SOFT_MAX: "ff",
+    Op.FLASH_ATTN_EXT: "fffi",
+    Op.ROPE: "iiiiiffffff",
+    Op.CONCAT: "i",
+    Op.PAD: "iiiiiiii",
+    Op.UNPAD: "iiii",
+    Op.IM2COL: "iiiiiii",
+    Op.UNARY: "i",
+    Op.GLU: "ii",
+    Op.ACC: "iiiii",
+    Op.DIAG_MASK_INF: "i",
+    Op.PERMUTE: "iiii",
+}
+"""Types of an op's parameters, 32 bits each: `i` int, `f` float (struct codes). Ops not listed have none."""

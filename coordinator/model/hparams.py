@@ -82,6 +82,12 @@ class VisionParams:
         """Tokens per tile padded to a multiple of 8 (`N'`)."""
         return -(-self.n_tile_tokens // 8) * 8
 
+    @property
+    def canvases(self) -> tuple[tuple[int, int], ...]:
+        """Canvases as (rows, columns) of tiles, in the order of aspect ratio ids: the first has id 1, 0 is no image."""
+        sides = range(1, self.max_tiles + 1)
+        return tuple((rows, cols) for rows in sides for cols in sides if rows * cols <= self.max_tiles)
+
 
 @dataclass(frozen=True, slots=True)
 class ModelParams:

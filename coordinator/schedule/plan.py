@@ -25,6 +25,7 @@ class Device:
     extra_bufts: tuple[str, ...] = ()
     unsupported_ops: frozenset[str] = frozenset()
     offload_ops: frozenset[str] = frozenset()
+    offload_min_batch: int = 0  # rows from which an op in `offload_ops` is worth it
 
 
 @dataclass(frozen=True, slots=True)

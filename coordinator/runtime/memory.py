@@ -1,0 +1,233 @@
+"""Arenas of the workers: where weights, caches, kept tensors and compute buffers of a run lie."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from coordinator.config import Topology
+from coordinator.graph.node import Graph, Tensor
+from coordinator.model.gguf_file import ModelFile, content_ranges
+from coordinator.runtime.fleet import Fleet
+from coordinator.schedule.lower import Home
+from coordinator.schedule.plan import Device
+from protocol import messages as m
+from protocol.errors import CapacityError
+from protocol.messages import PeerArena
+from protocol.ops import Usage
+
+FILE_ARENA = 0
+"""Every worker's number for the mapped model file."""
+
+Key = tuple[str, str]
+"""A resident tensor: its name and buffer type."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arena:
+    """An arena of a worker: bytes, and the path that peers open."""
+
+    nbytes: int
+    path: str
+    label: str
+
+
+@dataclass(slots=True)
+class Budget:
+    """Bytes that a worker needs, by purpose."""
+
+    parts: dict[str, int] = field(default_factory=dict)
+
+    def add(self, purpose: str, nbytes: int) -> None:
+        """Count bytes."""
+        self.parts[purpose] = self.parts.get(purpose, 0) + nbytes
+
+    @property
+    def total(self) -> int:
+        """Sum over purposes."""
+        return sum(self.parts.values())
+
+
+def residents(graphs: Iterable[Graph]) -> dict[Key, Tensor]:
+    """Every tensor that exists before the graphs do, by name and buffer type."""
+    found: dict[Key, Tensor] = {}
+    for graph in graphs:
+        for ident in graph.leafs:
+            tensor = graph.tensors[ident]
+            if tensor.buffer is not None:
+                key = (tensor.name, tensor.buffer.buft)
+                if key not in found or found[key].nbytes < tensor.nbytes:
+                    found[key] = tensor
+    return found
+
+
+def purpose_of(tensor: Tensor) -> str:
+    """What a resident tensor counts as in tables: weights, KV or kept."""
+    assert tensor.buffer is not None
+    if tensor.buffer.usage == Usage.WEIGHTS:
+        return "weights"
+    return "kept" if tensor.name == "cross_states" else "KV"
+
+
+class Memory:
+    """The arenas of all workers; answers the lowering's questions (`Homes`). Lives as long as the run.
+
+    Compute arenas belong to a scheduler, by its number, and are replaced when its buffers grow.
+    """
+
+    def __init__(self, fleet: Fleet, topology: Topology, devices: tuple[Device, ...], model: ModelFile) -> None:
+        self.fleet, self.topology, self.devices, self.model = fleet, topology, devices, model
+        self.worker_of = {device.buft: index for index, device in enumerate(devices)}
+        self.arenas: list[dict[int, Arena]] = [{} for _ in devices]
+        self.resident: dict[Key, Home] = {}
+        self.compute: dict[tuple[int, str, int], Home] = {}
+        self._next = [FILE_ARENA + 1 for _ in devices]
+
+    def check_budget(self, residents: dict[Key, Tensor], buffers: Iterable[dict[str, tuple[int, ...]]]) -> list[Budget]:
+        """Bytes per worker, before anything is allocated.
+
+        Raises CapacityError naming the worker, what it needs for what, what it has and what is missing.
+        """
+        budgets = [Budget() for _ in self.devices]
+        for (_, buft), tensor in residents.items():
+            worker = self.worker_of[buft]
+            if not self._in_file(worker, tensor):
+                budgets[worker].add(purpose_of(tensor), _aligned(tensor.nbytes, self.devices[worker].alignment))
+        for sizes in buffers:
+            for buft, chunks in sizes.items():
+                budgets[self.worker_of[buft]].add("compute", sum(chunks))
+        for spec, budget in zip(self.topology.workers, budgets, strict=True):
+            if spec.memory is not None and budget.total > spec.memory:
+                parts = ", ".join(f"{purpose} {nbytes:,}" for purpose, nbytes in budget.parts.items())
+                raise CapacityError(
+                    f"{spec.name}: needs {budget.total:,} bytes ({parts}), it has {spec.memory:,}: "
+                    f"{budget.total - spec.memory:,} bytes short; try fewer --n-gpu-layers"
+                )
+        return budgets
+
+    def load(self, residents: dict[Key, Tensor]) -> None:
+        """Map the model file where it is needed, allocate and fill weights, allocate caches. Raises as workers do."""
+        by_worker: list[list[Tensor]] = [[] for _ in self.devices]
+        for (_, buft), tensor in residents.items():
+            by_worker[self.worker_of[buft]].append(tensor)
+        self._map_file([i for i, tensors in enumerate(by_worker) if any(map(_is_weight, tensors))])
+        copied = []
+        for worker, tensors in enumerate(by_worker):
+            for tensor in tensors:
+                if self._in_file(worker, tensor):
+                    self.resident[_key(tensor)] = Home(worker, FILE_ARENA, self.model.weights[tensor.name].offset)
+            for label in ("weights", "KV", "kept"):
+                share = [t for t in tensors if purpose_of(t) == label and not self._in_file(worker, t)]
+                if share:
+                    arena = self._place(worker, label, share)
+                    if label == "weights":
+                        self._send_load(worker, arena, share)
+                        copied.append(worker)
+        self.fleet.gather(copied)
+
+    def _in_file(self, worker: int, tensor: Tensor) -> bool:
+        """Workers that compute in host memory use weights where the file is mapped."""
+        return _is_weight(tensor) and (self.devices[worker].is_host or self.topology.workers[worker].kind == "cpu")
+
+    def _map_file(self, workers: list[int]) -> None:
+        ranges = content_ranges(self.model)
+        request = m.MapFile(FILE_ARENA, str(self.model.path.resolve()), self.model.nbytes, self.model.fingerprint)
+        for worker in workers:
+            self.fleet.send(worker, request, (ranges.tobytes(),))
+            self.arenas[worker][FILE_ARENA] = Arena(self.model.nbytes, request.path, "file")
+        self.fleet.gather(workers)
+
+    def _place(self, worker: int, label: str, tensors: list[Tensor]) -> int:
+        """One arena for all of them, in order, each at the device's alignment."""
+        alignment, offset = self.devices[worker].alignment, 0
+        offsets = []
+        for tensor in tensors:
+            offsets.append(offset)
+            offset += _aligned(tensor.nbytes, alignment)
+        arena = self.allocate(worker, offset, label)
+        for tensor, start in zip(tensors, offsets, strict=True):
+            self.resident[_key(tensor)] = Home(worker, arena, start)
+        return arena
+
+    def _send_load(self, worker: int, arena: int, tensors: list[Tensor]) -> None:
+        pieces = [
+            (self.model.weights[t.name].offset, self.resident[_key(t)].offset, self.model.weights[t.name].nbytes)
+            for t in tensors
+        ]
+        self.fleet.send(worker, m.Load(FILE_ARENA, arena), (np.array(pieces, np.int64).tobytes(),))
+
+    def allocate(self, worker: int, nbytes: int, label: str) -> int:
+        """A new arena on a worker; its number."""
+        arena = self._next[worker]
+        self._next[worker] += 1
+        answer = self.fleet.request(worker, m.Allocate(arena, nbytes, label)).message
+        assert isinstance(answer, m.Allocated)
+        self.arenas[worker][arena] = Arena(nbytes, answer.path, label)
+        return arena
+
+    def fit_compute(self, scheduler: int, buffer_sizes: dict[str, tuple[int, ...]]) -> bool:
+        """Make the scheduler's compute arenas as large as its buffers; True when any had to be replaced."""
+        replaced = False
+        for buft, chunks in buffer_sizes.items():
+            worker = self.worker_of[buft]
+            for chunk, nbytes in enumerate(chunks):
+                home = self.compute.get((scheduler, buft, chunk))
+                if home is not None and self.arenas[worker][home.arena].nbytes >= nbytes:
+                    continue
+                if home is not None:
+                    self.fleet.send(worker, m.Release((home.arena,)))
+                    del self.arenas[worker][home.arena]
+                    replaced = True
+                arena = self.allocate(worker, nbytes, "compute")
+                self.compute[scheduler, buft, chunk] = Home(worker, arena, 0)
+        return replaced
+
+    def homes(self, scheduler: int) -> SchedulerHomes:
+        """The lowering's view for plans of one scheduler."""
+        return SchedulerHomes(self, scheduler)
+
+    def peer_arena(self, worker: int, arena: int) -> PeerArena:
+        """What a peer has to know to read an arena."""
+        found = self.arenas[worker][arena]
+        return PeerArena(worker, arena, found.path, found.nbytes)
+
+    def usage(self) -> list[dict[str, int]]:
+        """Allocated bytes by worker and label; the mapped file is listed as such."""
+        totals: list[dict[str, int]] = []
+        for arenas in self.arenas:
+            sums: dict[str, int] = {}
+            for arena in arenas.values():
+                sums[arena.label] = sums.get(arena.label, 0) + arena.nbytes
+            totals.append(sums)
+        return totals
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerHomes:
+    """`Homes` for the plans of one scheduler."""
+
+    memory: Memory
+    scheduler: int
+
+    def resident(self, tensor: Tensor) -> Home:
+        """A weight, cache or kept tensor."""
+        return self.memory.resident[_key(tensor)]
+
+    def compute(self, buft: str, chunk: int) -> Home:
+        """The start of a chunk of a compute buffer."""
+        return self.memory.compute[self.scheduler, buft, chunk]
+
+
+def _key(tensor: Tensor) -> Key:
+    assert tensor.buffer is not None
+    return (tensor.name, tensor.buffer.buft)
+
+
+def _is_weight(tensor: Tensor) -> bool:
+    return purpose_of(tensor) == "weights"
+
+
+def _aligned(nbytes: int, alignment: int) -> int:
+    return -(-nbytes // alignment) * alignment

@@ -1,0 +1,216 @@
+"""A model on a fleet of workers: loaded once, then images are encoded and tokens evaluated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from coordinator.config import Topology
+from coordinator.graph.debug import route_debug_inputs
+from coordinator.graph.language import CrossState, build_language
+from coordinator.graph.node import Graph
+from coordinator.graph.vision import build_vision
+from coordinator.model.gguf_file import ModelFile
+from coordinator.model.hparams import ModelParams
+from coordinator.model.image import Tiles
+from coordinator.runtime.evaluate import Evaluator, Shipped, StepResult
+from coordinator.runtime.fleet import Fleet
+from coordinator.runtime.inputs import CrossMasks, text_inputs, vision_inputs
+from coordinator.runtime.memory import Budget, Memory, residents
+from coordinator.schedule.lower import Home, Keep
+from coordinator.schedule.placement import Placement, PlacementOptions, plan_placement
+from coordinator.schedule.plan import Device
+from coordinator.schedule.scheduler import Scheduler
+from protocol.dtypes import DType
+from protocol.errors import CapacityError, UsageError
+
+ACCEL_ALIGNMENT = 128
+HOST_ALIGNMENT = 32
+KV_PADDING = 256
+"""The language graph reads the cache in multiples of this, so that one plan serves many tokens (as llama.cpp)."""
+
+SMALL_BATCH = 32
+"""Below this many tokens llama.cpp binds each layer's norms to the layer's device."""
+
+
+@dataclass(frozen=True, slots=True)
+class SessionOptions:
+    """Everything about a run that is not the model, the workers or the prompt."""
+
+    placement: PlacementOptions = field(default_factory=PlacementOptions)
+    n_ctx: int = 0  # 0: the model's, at most 4096
+    n_ubatch: int = 512
+    kv_dtype: DType = DType.F16
+    share_scheduler: bool = True
+    debug: tuple[str, ...] = ()
+
+
+def devices_of(topology: Topology) -> tuple[Device, ...]:
+    """The scheduler's devices, one per worker, each with a buffer type of its own."""
+    last = len(topology.workers) - 1
+    return tuple(
+        Device(
+            spec.name,
+            kind="cpu" if i == last else "gpu",
+            buft=spec.name,
+            alignment=HOST_ALIGNMENT if spec.kind == "cpu" or i == last else ACCEL_ALIGNMENT,
+            is_host=i == last,
+            unsupported_ops=frozenset(spec.unsupported_ops),
+        )
+        for i, spec in enumerate(topology.workers)
+    )
+
+
+class Session:
+    """A loaded model. `n_images` is fixed when it is made, since it sizes the cross-attention memory.
+
+    Vision and language graphs run on scheduler 0, or on 0 and 1 when not shared. What outlives its graph, the vision
+    tower's output, is copied to memory of its own at the end of that graph (safe ownership).
+    """
+
+    def __init__(
+        self,
+        model: ModelFile,
+        params: ModelParams,
+        topology: Topology,
+        options: SessionOptions,
+        *,
+        n_images: int = 0,
+    ) -> None:
+        self.model, self.params, self.topology, self.options = model, params, topology, options
+        self.n_images = n_images
+        self.n_ctx = _context_size(params, options.n_ctx)
+        self.devices = devices_of(topology)
+        memory = [spec.memory for spec in topology.workers]
+        self.placement: Placement = plan_placement(self.devices, memory, params.text.n_layer, options.placement)
+        shared = options.share_scheduler or not n_images
+        self.schedulers = [Scheduler(self.devices) for _ in range(1 if shared else 2)]
+        self.vision_debug: tuple[str, ...] = ()
+        self.text_debug: tuple[str, ...] = ()
+        self.n_past = 0
+        self.masks: CrossMasks | None = None
+        self.budgets: list[Budget] = []
+        self._plan_ahead()
+
+    @property
+    def n_cross(self) -> int:
+        """Rows of the cross states of all images."""
+        vision = self.params.vision
+        return 0 if vision is None else self.n_images * vision.max_tiles * vision.n_tile_tokens
+
+    def _plan_ahead(self) -> None:
+        """Size everything for the worst case, before any process is asked for memory.
+
+        Raises CapacityError when a worker cannot hold its share.
+        """
+        vision = self._vision_graph() if self.n_images else None
+        if vision is not None:
+            plan = self.schedulers[0].allocate(vision)
+            owner = plan.backend[vision.named("vision_output").id]
+            self.placement = replace(self.placement, fixed=(("cross_states", owner),))
+        n_tokens = min(self.options.n_ubatch, self.n_ctx)
+        prompt = self._language_graph(n_tokens, self.n_ctx, write=True)
+        self._route_debug(vision, prompt)
+        graphs = [
+            self._language_graph(n_tokens, self.n_ctx, write=True),
+            self._language_graph(1, self.n_ctx, write=False),
+        ]
+        if vision is not None:
+            vision = self._vision_graph()
+            self.schedulers[0].reserve(vision)
+        for graph in (*graphs, graphs[0]):
+            self.schedulers[-1].reserve(graph)
+        self.residents = residents(graphs if vision is None else [vision, *graphs])
+
+    def _route_debug(self, vision: Graph | None, prompt: Graph) -> None:
+        """Send each debug tensor to the graph that has the tensor it copies."""
+        graphs = (prompt,) if vision is None else (prompt, vision)
+        routed = route_debug_inputs(self.options.debug, *graphs)
+        self.text_debug, self.vision_debug = routed[0], routed[1] if vision is not None else ()
+
+    def open(self, fleet: Fleet) -> None:
+        """Load the model onto the workers of `fleet`. Raises what workers fail with."""
+        self.fleet = fleet
+        fleet.doing = "loading the model"
+        self.memory = Memory(fleet, self.topology, self.devices, self.model)
+        self.budgets = self.memory.check_budget(self.residents, [s.buffer_sizes for s in self.schedulers])
+        self.memory.load(self.residents)
+        for number, scheduler in enumerate(self.schedulers):
+            self.memory.fit_compute(number, scheduler.buffer_sizes)
+        self.evaluator = Evaluator(fleet, self.memory, self.schedulers)
+
+    def _vision_graph(self) -> Graph:
+        vision = self.params.vision
+        assert vision is not None
+        n_embd = self.params.text.n_embd
+        return build_vision(vision, n_embd, self.model.weights, self.placement, debug=self.vision_debug)
+
+    def _language_graph(self, n_tokens: int, n_kv: int, *, write: bool) -> Graph:
+        cross = CrossState(self.n_cross, write) if self.n_images else None
+        whole = all(device != self.placement.host for device in self.placement.layers)
+        pins = n_tokens < SMALL_BATCH or whole
+        return build_language(
+            self.params,
+            self.model.weights,
+            self.placement,
+            n_tokens=n_tokens,
+            n_kv=n_kv,
+            n_outputs=1,
+            n_ctx=self.n_ctx,
+            kv_dtype=self.options.kv_dtype,
+            cross=cross,
+            debug=self.text_debug,
+            pin_norm=(lambda layer: self.devices[self.placement.layers[layer]].name) if pins else None,
+        )
+
+    def encode(self, image: int, tiles: Tiles) -> tuple[StepResult, Shipped]:
+        """Run the vision tower for image number `image`; its output is kept for the language graph."""
+        assert self.params.vision is not None
+        home = self.memory.resident[self._cross_states_key()]
+        rows = self.params.vision.max_tiles * self.params.vision.n_tile_tokens
+        offset = image * rows * self.params.text.n_embd * DType.F32.block_nbytes
+        shipped = self.evaluator.program(
+            ("vision", image),
+            0,
+            self._vision_graph,
+            digests=("vision_output",),
+            keeps=(Keep("vision_output", Home(home.worker, home.arena, home.offset + offset)),),
+        )
+        return self.evaluator.run(shipped, vision_inputs(self.params.vision, tiles)), shipped
+
+    def _cross_states_key(self) -> tuple[str, str]:
+        return ("cross_states", self.placement("cross_states").buft)
+
+    def evaluate(self, tokens: Sequence[int]) -> tuple[npt.NDArray[np.float32], StepResult, Shipped]:
+        """Logits f32 [n_vocab] after the next tokens of the sequence; at most n_ubatch at a time.
+
+        Raises CapacityError when the context is full.
+        """
+        n_tokens = len(tokens)
+        assert 0 < n_tokens <= self.options.n_ubatch, n_tokens
+        if self.n_past + n_tokens > self.n_ctx:
+            raise CapacityError(f"the context of {self.n_ctx} tokens is full: {self.n_past} + {n_tokens} do not fit")
+        n_kv = min(self.n_ctx, -(-(self.n_past + n_tokens) // KV_PADDING) * KV_PADDING)
+        write = bool(self.n_images) and self.n_past == 0
+        shipped = self.evaluator.program(
+            ("language", n_tokens, n_kv, write),
+            len(self.schedulers) - 1,
+            lambda: self._language_graph(n_tokens, n_kv, write=write),
+            outputs=("result_output",),
+        )
+        inputs = text_inputs(tokens, self.n_past, n_kv)
+        if self.n_images:
+            assert self.masks is not None
+            inputs |= self.masks.rows(self.n_past, n_tokens)
+        result = self.evaluator.run(shipped, inputs)
+        self.n_past += n_tokens
+        return np.frombuffer(result.outputs["result_output"], np.float32), result, shipped
+
+
+def _context_size(params: ModelParams, wanted: int) -> int:
+    if wanted > params.text.n_ctx_train:
+        raise UsageError(f"--ctx-size {wanted}: the model was trained for at most {params.text.n_ctx_train} tokens")
+    return wanted or min(params.text.n_ctx_train, 4096)

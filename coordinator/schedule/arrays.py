@@ -1,0 +1,111 @@
+"""Graphs as arrays: what the planning passes work on, and the decorator that compiles them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar, cast
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+from coordinator.graph.node import ABSENT, Graph
+from protocol.dtypes import DType
+from protocol.ops import VIEW_OPS, Op
+
+I64 = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+N_OPS = max(Op) + 1
+NO_BUFFER = -1
+"""In `GraphArrays.buft`: the tensor is not allocated before the graph."""
+
+
+def compiled(function: _F) -> _F:
+    """Compile a pass to machine code, once per installation (numba keeps the result on disk)."""
+    return cast(_F, njit(cache=True, nogil=True)(function))
+
+
+class GraphArrays(NamedTuple):
+    """A graph with one row per tensor id; a tuple of arrays because that is what compiled functions take.
+
+    `src` [n, width] holds ids or ABSENT, `layout` [n, 9] type, ne and nb, `buft` the number of the buffer type of a
+    pre-allocated tensor or NO_BUFFER, `pin` a device index or -1, `nodes` and `leafs` ids in visit order.
+    """
+
+    op: I64
+    flags: I64
+    view_src: I64
+    buft: I64
+    usage: I64
+    nbytes: I64
+    layout: I64
+    src: I64
+    pin: I64
+    nodes: I64
+    leafs: I64
+
+
+_BLOCK = np.zeros(max(DType) + 1, np.int64)
+_BLOCK_NBYTES = np.zeros(max(DType) + 1, np.int64)
+for _dtype in DType:
+    _BLOCK[_dtype], _BLOCK_NBYTES[_dtype] = _dtype.block, _dtype.block_nbytes
+
+IS_VIEW_OP = np.zeros(N_OPS, np.bool_)
+IS_VIEW_OP[list(VIEW_OPS)] = True
+
+
+def graph_arrays(graph: Graph, bufts: Mapping[str, int], foreign: int, devices: Mapping[str, int]) -> GraphArrays:
+    """The arrays of `graph`. `bufts` numbers the buffer types that a device knows; all others are `foreign`."""
+    tensors = graph.tensors
+    n = len(tensors)
+    width = max((len(t.src) for t in tensors), default=0) or 1
+    padding = [(ABSENT,) * (width - k) for k in range(width + 1)]
+    facts = np.array(
+        [
+            (
+                t.op,
+                t.flags.value,
+                -1 if t.view_src is None else t.view_src,
+                NO_BUFFER if t.buffer is None else bufts.get(t.buffer.buft, foreign),
+                0 if t.buffer is None else t.buffer.usage,
+                t.dtype,
+                *t.ne,
+                *t.nb,
+            )
+            for t in tensors
+        ],
+        np.int64,
+    ).reshape(n, 14)
+    src = np.array([t.src + padding[len(t.src)] for t in tensors], np.int64).reshape(n, width)
+    pin = np.full(n, -1, np.int64)
+    for ident, device in graph.pins:
+        pin[ident] = devices[device]
+    columns = np.ascontiguousarray(facts[:, :5].T)
+    layout = np.ascontiguousarray(facts[:, 5:])
+    return GraphArrays(
+        *columns,
+        nbytes=span_nbytes(layout),
+        layout=layout,
+        src=src,
+        pin=pin,
+        nodes=np.array(graph.nodes, np.int64),
+        leafs=np.array(graph.leafs, np.int64),
+    )
+
+
+def span_nbytes(layout: I64) -> I64:
+    """Bytes that each row's tensor spans, strides included; 0 when an extent is 0 (`ggml_nbytes`)."""
+    dtype, ne, nb = layout[:, 0], layout[:, 1:5], layout[:, 5:9]
+    block = _BLOCK[dtype]
+    outer = ((ne[:, 1:] - 1) * nb[:, 1:]).sum(axis=1)
+    plain = _BLOCK_NBYTES[dtype] + (ne[:, 0] - 1) * nb[:, 0]
+    blocks = ne[:, 0] * nb[:, 0] // block
+    return np.where((ne > 0).all(axis=1), np.where(block == 1, plain, blocks) + outer, 0)
+
+
+def same_arrays(a: GraphArrays, b: GraphArrays) -> bool:
+    """True when two graphs are the same to every pass: ops, shapes, strides, sources, flags, buffers, pins, order."""
+    return all(x is y or np.array_equal(x, y) for x, y in zip(a, b, strict=True))

@@ -1,0 +1,231 @@
+"""The scheduler: plans one graph after another over buffers that outlive them, as ggml_backend_sched does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from coordinator.graph.node import Graph
+from coordinator.schedule import allocate, assign, split
+from coordinator.schedule.arrays import I64, GraphArrays, graph_arrays
+from coordinator.schedule.devices import make_devices
+from coordinator.schedule.plan import Copy, Device, Place, Plan, Split
+from protocol.errors import PlanError
+
+_NAME_MAX = 63
+"""Characters of a tensor's name that ggml keeps."""
+
+
+class _Draft:
+    """One graph after the passes: what the allocator gets and what the plan is made of."""
+
+    __slots__ = ("arrays", "backend", "cause", "graph", "parts", "tasks")
+
+    def __init__(
+        self,
+        graph: Graph,
+        arrays: GraphArrays,
+        backend: I64,
+        cause: I64,
+        parts: split.SplitArrays,
+        tasks: allocate.Tasks,
+    ) -> None:
+        self.graph, self.arrays, self.backend, self.cause = graph, arrays, backend, cause
+        self.parts, self.tasks = parts, tasks
+
+
+class Scheduler:
+    """Plans graphs over `devices` (priority order, the last a cpu) and keeps what ggml keeps between graphs.
+
+    `parallel` makes 4 copies of every input (pipeline parallelism), `op_offload` lets devices take ops whose weights
+    lie in host memory. Raises PlanError for devices that cannot be meant.
+    """
+
+    def __init__(self, devices: Sequence[Device], *, parallel: bool = False, op_offload: bool = False) -> None:
+        self._devices = make_devices(devices)
+        self._op_offload = op_offload
+        self._n_copies = split.PARALLEL_COPIES if parallel else 1
+        self._next_copy = 0
+        self._allocated = False
+        self._capacity = np.full(16, split.SPLIT_INPUTS, np.int64)
+        self._sizes: list[tuple[int, ...] | None] = [None] * self._devices.n_compute
+        self._reserved: tuple[allocate.Tasks, allocate.Places] | None = None
+        self._before: allocate.Tasks | None = None
+        self._last: tuple[_Draft, Plan] | None = None
+        self._epoch = 0
+
+    @property
+    def devices(self) -> tuple[Device, ...]:
+        """The devices in priority order."""
+        return self._devices.devices
+
+    @property
+    def buffer_sizes(self) -> dict[str, tuple[int, ...]]:
+        """Bytes of each chunk of each compute buffer, by buffer type; empty tuples before the first allocation."""
+        return {self._devices.buft_names[k]: size or () for k, size in enumerate(self._sizes)}
+
+    @property
+    def epoch(self) -> int:
+        """How often a graph was allocated, or buffers were replaced: bytes of an earlier epoch may be overwritten."""
+        return self._epoch
+
+    def reset(self) -> None:
+        """Forget the assignments of the last graph; its tensors are dangling from now on."""
+        self._allocated = False
+
+    def reserve(self, graph: Graph) -> dict[str, tuple[int, ...]]:
+        """Size the buffers for `graph` without allocating it; returns `buffer_sizes`. The scheduler is reset after it.
+
+        Raises PlanError when the graph cannot be planned.
+        """
+        if not self._allocated:
+            self._next_copy = 0
+        draft = self._draft(graph, self._next_copy if self._allocated else 0)
+        if self._reserve(draft):
+            self._epoch += 1
+        self._last = None
+        self.reset()
+        return self.buffer_sizes
+
+    def n_splits_reserved(self, graph: Graph) -> int:
+        """Splits of `graph`, without touching buffers."""
+        return len(self._draft(graph, self._next_copy).parts.splits)
+
+    def allocate(self, graph: Graph, *, reset: bool = True) -> Plan:
+        """Plan `graph` and give its tensors their places; with `reset` the last graph is let go first.
+
+        Raises PlanError when the graph cannot be planned, or when the last graph is still allocated and `reset` is
+        False (ggml aborts there).
+        """
+        if reset:
+            self.reset()
+        if self._allocated:
+            raise PlanError(f"graph {graph.name!r}: the last graph is still allocated, expected a reset before it")
+        current = self._next_copy
+        self._next_copy = (self._next_copy + 1) % self._n_copies
+        draft = self._draft(graph, current)
+        reallocated = not self._can_reuse(draft.tasks)
+        if reallocated:
+            self._reserve(draft)
+        self._before = draft.tasks
+        self._epoch += 1
+        self._allocated = True
+        return self._finish(draft, reallocated)
+
+    def _draft(self, graph: Graph, current: int) -> _Draft:
+        known = self._devices
+        self._check_pins(graph)
+        arrays = graph_arrays(graph, known.buft_index, known.foreign, known.index)
+        backend, cause = assign.assign(graph, arrays, known, self._op_offload)
+        missing = len(graph.nodes) + 1 - self._capacity.size
+        if missing > 0:
+            self._capacity = np.concatenate((self._capacity, np.full(missing, split.SPLIT_INPUTS, np.int64)))
+        parts = split.split(arrays, known.table, backend, self._capacity, self._n_copies, current)
+        tasks = allocate.arrange(arrays, known.table, backend, parts, current)
+        return _Draft(graph, arrays, backend, cause, parts, tasks)
+
+    def _check_pins(self, graph: Graph) -> None:
+        for ident, device in graph.pins:
+            if device not in self._devices.index:
+                names = ", ".join(self._devices.index)
+                raise PlanError(f"tensor id {ident} is pinned to unknown device {device!r}: expected one of {names}")
+
+    def _can_reuse(self, tasks: allocate.Tasks) -> bool:
+        """ggml's decision not to reallocate: position, buffer type and size are compared, never identity."""
+        if self._reserved is None:
+            return False
+        old, places = self._reserved
+        before = self._before or old
+        return (
+            np.array_equal(before.node_buft, tasks.node_buft)
+            and np.array_equal(before.leaf_buft, tasks.leaf_buft)
+            and allocate.fits(tasks, old, places)
+            and allocate.leafs_have_places(tasks, old, places)
+        )
+
+    def _reserve(self, draft: _Draft) -> bool:
+        """Plan the places of a graph from scratch; returns whether a buffer had to be replaced."""
+        places, sizes = allocate.reserve(draft.arrays, self._devices.table, draft.tasks, self._devices.n_compute)
+        replaced = False
+        for k, size in enumerate(sizes):
+            have = self._sizes[k]
+            if have is None or any(s > (have[c] if c < len(have) else 0) for c, s in enumerate(size)):
+                self._sizes[k] = size
+                replaced = True
+        self._reserved = draft.tasks, places
+        self._before = draft.tasks
+        return replaced
+
+    def _finish(self, draft: _Draft, reallocated: bool) -> Plan:
+        assert self._reserved is not None
+        old, reserved = self._reserved
+        n_ext = draft.tasks.op.size
+        places = allocate.Places(np.full(n_ext, allocate.NOWHERE, np.int64), *np.zeros((3, n_ext), np.int64))
+        allocate.take_places(draft.tasks, old, reserved, places)
+        placed = self._places(draft, places)
+        n = len(draft.graph.tensors)
+        return Plan(
+            graph=draft.graph,
+            devices=self._devices.devices,
+            backend=tuple(draft.backend.tolist()),
+            cause=tuple(assign.CAUSES[c] for c in draft.cause.tolist()),
+            splits=_splits(draft.parts),
+            copies=self._copies(draft, placed[n:]),
+            sources=_sources(draft),
+            places=tuple(placed[:n]),
+            buffer_sizes=self.buffer_sizes,
+            reallocated=reallocated,
+            epoch=self._epoch,
+        )
+
+    def _places(self, draft: _Draft, places: allocate.Places) -> list[Place | None]:
+        """Places of tensors and copies; views lie where their root lies."""
+        names = self._devices.buft_names
+        rows = zip(places.buft.tolist(), places.chunk.tolist(), places.offset.tolist(), strict=True)
+        out: list[Place | None] = [Place(names[b], c, o) if b >= 0 else None for b, c, o in rows]
+        visited = set(draft.graph.nodes) | set(draft.graph.leafs)
+        for t in draft.graph.tensors:
+            root = t if t.view_src is None else draft.graph.tensors[t.view_src]
+            if root.buffer is not None:
+                out[t.id] = Place(root.buffer.buft, None, None)
+            elif t.view_src is not None and t.id in visited:
+                place = out[root.id]
+                if place is not None and place.offset is not None:
+                    out[t.id] = Place(place.buft, place.chunk, place.offset + t.view_offs)
+        return out
+
+    def _copies(self, draft: _Draft, places: list[Place | None]) -> tuple[Copy, ...]:
+        rows = zip(
+            draft.parts.copy_of.tolist(), draft.parts.copy_backend.tolist(), draft.parts.copy_index.tolist(), strict=True
+        )
+        copies = []
+        for (tensor, backend, index), place in zip(rows, places, strict=True):
+            assert place is not None, tensor
+            name = f"{self._devices.devices[backend].name}#{_name(draft.graph, tensor)}#{index}"[:_NAME_MAX]
+            copies.append(Copy(name, tensor, backend, index, place))
+        return tuple(copies)
+
+
+def _splits(parts: split.SplitArrays) -> tuple[Split, ...]:
+    inputs = parts.inputs.tolist()
+    return tuple(
+        Split(backend, start, end, tuple(inputs[first : first + count]), split.SPLIT_CAUSES[cause])
+        for backend, start, end, first, count, cause in parts.splits.tolist()
+    )
+
+
+def _sources(draft: _Draft) -> tuple[tuple[int, ...], ...]:
+    """Sources per node after rewriting."""
+    rows = draft.parts.src[draft.arrays.nodes].tolist()
+    tensors = draft.graph.tensors
+    return tuple(tuple(row[: len(tensors[t].src)]) for row, t in zip(rows, draft.graph.nodes, strict=True))
+
+
+def _name(graph: Graph, ident: int) -> str:
+    """A tensor's name; nameless ones get ggml's, which count nodes and leafs in visit order."""
+    if name := graph.tensors[ident].name[:_NAME_MAX]:
+        return name
+    if ident in graph.leafs:
+        return f"leaf_{graph.leafs.index(ident)}"
+    return f"node_{graph.nodes.index(ident)}"

@@ -1,0 +1,107 @@
+"""The run's notice board: shared words on which workers publish and acknowledge transfers, and show progress."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from protocol import sharedmem
+from protocol.features import has
+from protocol.limits import MAX_TRANSFERS, MAX_WORKERS
+
+_LINE = 16  # words of 32 bits: one cache line
+_PROGRESS = 0  # per worker one line: step, instruction, split, state
+_TRANSFERS = MAX_WORKERS * _LINE  # per transfer two lines: published, acknowledged
+_WORDS = _TRANSFERS + 2 * MAX_TRANSFERS * _LINE
+NBYTES = _WORDS * 4
+
+_SPINS = 200
+_NAP_S = 0.05
+_SYS_FUTEX, _FUTEX_WAIT, _FUTEX_WAKE = 202, 0, 1
+
+
+class _Timespec(ctypes.Structure):
+    _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
+
+
+class Board:
+    """Lives as long as the run. A word holds the number of the last step for which its event happened.
+
+    Waiting spins briefly, then sleeps on a futex, or in short naps without one. It has no time limit: a worker whose
+    peer dies is ended by the coordinator, and one whose coordinator dies by its own watch on stdin.
+    """
+
+    def __init__(self, segment: sharedmem.Segment) -> None:
+        self.segment = segment
+        self._words = segment.view[:NBYTES].view(np.uint32)
+        self._cells = self._words.data
+        self._address = int(self._words.ctypes.data)
+        self._futex = _futex_call() if has("futex") else None
+
+    @classmethod
+    def create(cls, directory: str) -> Board:
+        """A new board, all zero."""
+        return cls(sharedmem.create(NBYTES, directory, "board"))
+
+    @classmethod
+    def attach(cls, path: str) -> Board:
+        """The board of a run that another process started."""
+        return cls(sharedmem.attach(path, NBYTES, writable=True))
+
+    def show(self, worker: int, step: int, instruction: int, split: int) -> None:
+        """Worker `worker` says where it is."""
+        base = _PROGRESS + worker * _LINE
+        self._cells[base], self._cells[base + 1], self._cells[base + 2] = step & 0xFFFFFFFF, instruction, split
+
+    def progress(self, worker: int) -> tuple[int, int, int]:
+        """(step, instruction, split) that the worker showed last."""
+        base = _PROGRESS + worker * _LINE
+        return self._cells[base], self._cells[base + 1], self._cells[base + 2]
+
+    def publish(self, transfer: int, step: int) -> None:
+        """The source's bytes are ready for `step`."""
+        self._post(_TRANSFERS + 2 * transfer * _LINE, step)
+
+    def acknowledge(self, transfer: int, step: int) -> None:
+        """The receiver has its copy: the source may be overwritten."""
+        self._post(_TRANSFERS + (2 * transfer + 1) * _LINE, step)
+
+    def wait_published(self, transfer: int, step: int) -> None:
+        """Block until `publish(transfer, step)`."""
+        self._wait(_TRANSFERS + 2 * transfer * _LINE, step)
+
+    def wait_acknowledged(self, transfer: int, step: int) -> None:
+        """Block until `acknowledge(transfer, step)`."""
+        self._wait(_TRANSFERS + (2 * transfer + 1) * _LINE, step)
+
+    def _post(self, word: int, step: int) -> None:
+        self._cells[word] = step & 0xFFFFFFFF
+        if self._futex is not None:
+            self._futex(_SYS_FUTEX, self._address + 4 * word, _FUTEX_WAKE, 0x7FFFFFFF, None, None, 0)
+
+    def _wait(self, word: int, step: int) -> None:
+        cells, want = self._cells, step & 0xFFFFFFFF
+        for _ in range(_SPINS):
+            if cells[word] == want:
+                return
+        nap = 20e-6
+        timeout = _Timespec(0, int(_NAP_S * 1e9))
+        while (seen := cells[word]) != want:
+            if self._futex is not None:
+                self._futex(_SYS_FUTEX, self._address + 4 * word, _FUTEX_WAIT, seen, ctypes.byref(timeout), None, 0)
+            else:
+                time.sleep(nap)
+                nap = min(nap * 1.5, 1e-3)
+
+
+def _futex_call() -> Callable[..., int]:
+    libc = ctypes.CDLL(None, use_errno=True)
+    call = libc.syscall
+    call.restype = ctypes.c_long
+    call.argtypes = (
+        ctypes.c_long, ctypes.c_void_p, ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long,
+    )  # fmt: skip
+    return call

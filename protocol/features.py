@@ -1,0 +1,38 @@
+"""What this machine has, and the off switch for each of it: CROSSDOCK_DISABLE=memfd,futex,sharedmem,avx2,..."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from functools import cache
+
+VARIABLE = "CROSSDOCK_DISABLE"
+
+SWITCHES = ("memfd", "futex", "sharedmem", "pidfd", "forkserver", "avx2", "fma", "f16c")
+"""Everything that can be switched off; each has a portable twin."""
+
+
+def disabled() -> frozenset[str]:
+    """Features switched off by the environment, lower case."""
+    return frozenset(word.strip().lower() for word in os.environ.get(VARIABLE, "").split(",") if word.strip())
+
+
+@cache
+def has(feature: str) -> bool:
+    """True when the machine has an operating-system feature and it is not switched off.
+
+    memfd: anonymous shared files. futex: sleeping on a word of shared memory. sharedmem: processes of one host may
+    exchange tensors through shared memory at all; it needs x86-64's store order, since a plain store publishes.
+    """
+    if feature in disabled():
+        return False
+    linux = sys.platform == "linux"
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    return {
+        "memfd": linux and hasattr(os, "memfd_create") and os.path.isdir("/proc/self/fd"),
+        "futex": linux and x86,
+        "sharedmem": x86 and os.name == "posix",
+        "pidfd": linux and hasattr(os, "pidfd_open"),
+        "forkserver": linux and hasattr(os, "fork"),
+    }.get(feature, False)

@@ -1,0 +1,5 @@
+"""`python -P -m workers`: one backend in a process of its own."""
+
+from workers.cli import main
+
+main()

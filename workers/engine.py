@@ -1,0 +1,36 @@
+"""The engine of workers that compute: kernels over the worker's arenas."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from protocol.program import OperandRef, OpRecord
+from workers.arena import Arenas
+from workers.execute import Executor, ResolvedOp, Table, build_table
+from workers.kernels.stage import Operand
+
+
+class KernelEngine:
+    """Numba kernels on a team of threads; the same bytes for every number of threads."""
+
+    def __init__(self, threads: int) -> None:
+        self.executor = Executor(threads)
+
+    def build(self, ops: Sequence[OpRecord], arenas: Arenas) -> Table:
+        """The executor's table. Raises CapacityError where no kernel fits."""
+        return build_table([_resolve(op, arenas) for op in ops], self.executor.threads)
+
+    def run(self, built: Table, first: int, last: int) -> None:
+        """Compute operations [first, last)."""
+        self.executor.run(built, built.starts[first], built.starts[last])
+
+    def close(self) -> None:
+        """End the threads."""
+        self.executor.close()
+
+
+def _resolve(op: OpRecord, arenas: Arenas) -> ResolvedOp:
+    def bound(ref: OperandRef) -> tuple[int, Operand]:
+        return arenas.address(ref.arena) + ref.offset, Operand(ref.dtype, ref.ne, ref.nb)
+
+    return ResolvedOp(op.op, op.params, bound(op.dst), tuple(None if s is None else bound(s) for s in op.src))

@@ -1,0 +1,111 @@
+"""Blocks of ggml's quantised types back to floats, one format per function; the arithmetic order is ggml's."""
+
+from __future__ import annotations
+
+from numba import float32, int64, njit
+
+from protocol.dtypes import DType
+from workers.kernels.simd import load_f16, load_i8, load_u8, load_u32, store_f32
+from workers.kernels.stage import OPTIONS
+
+TYPES = frozenset(
+    {DType.Q8_0, DType.Q4_0, DType.Q4_1, DType.Q5_0, DType.Q5_1, DType.Q4_K, DType.Q5_K, DType.Q6_K}
+)  # fmt: skip
+"""What `dequantise` reads."""
+
+_Q8_0, _Q4_0, _Q4_1, _Q5_0, _Q5_1 = (int(DType[name]) for name in ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"))
+_Q4_K, _Q5_K = int(DType.Q4_K), int(DType.Q5_K)
+
+
+@njit(**OPTIONS)
+def _byte(address):
+    return int64(load_u8(address))
+
+
+@njit(**OPTIONS)
+def _q8_0(block, out):
+    """d f16 | 32 x i8."""
+    d = load_f16(block)
+    for j in range(32):
+        store_f32(out + 4 * j, float32(load_i8(block + 2 + j)) * d)
+
+
+@njit(**OPTIONS)
+def _four_bits(out, quants, fifth, d, m, zero):
+    """32 values (q - zero) * d + m: 16 bytes at `quants` of two nibbles each, fifth bits in `fifth`."""
+    for j in range(16):
+        q = _byte(quants + j)
+        low = (q & 15) | ((fifth >> j) & 1) << 4
+        high = (q >> 4) | ((fifth >> (j + 16)) & 1) << 4
+        store_f32(out + 4 * j, float32(low - zero) * d + m)
+        store_f32(out + 4 * j + 64, float32(high - zero) * d + m)
+
+
+@njit(**OPTIONS)
+def _scale_and_min(scales, k):
+    """The k-th of eight pairs of six bits in twelve bytes."""
+    if k < 4:
+        return _byte(scales + k) & 63, _byte(scales + k + 4) & 63
+    shared = _byte(scales + k + 4)
+    scale = (shared & 15) | (_byte(scales + k - 4) >> 6) << 4
+    return scale, (shared >> 4) | (_byte(scales + k) >> 6) << 4
+
+
+@njit(**OPTIONS)
+def _q45_k(block, out, five):
+    """d f16 | dmin f16 | 12 bytes of scales | (five) 32 bytes of fifth bits | 128 bytes of nibbles."""
+    d, dmin = load_f16(block), load_f16(block + 2)
+    high = block + 16
+    quants = high + 32 * five
+    for k in range(8):
+        scale, minimum = _scale_and_min(block + 4, k)
+        factor, offset = d * float32(scale), dmin * float32(minimum)
+        for j in range(32):
+            q = (_byte(quants + 32 * (k >> 1) + j) >> (4 * (k & 1))) & 15
+            if five:
+                q |= ((_byte(high + j) >> k) & 1) << 4
+            store_f32(out + 4 * (32 * k + j), factor * float32(q) - offset)
+
+
+@njit(**OPTIONS)
+def _q6_k(block, out):
+    """128 bytes of lower nibbles | 64 bytes of upper two bits | 16 x i8 scales | d f16."""
+    d = load_f16(block + 208)
+    for i in range(256):
+        part, j, quarter = i >> 7, i & 31, (i >> 5) & 3
+        low = _byte(block + 64 * part + 32 * (quarter & 1) + j) >> (4 * (quarter >> 1)) & 15
+        high = _byte(block + 128 + 32 * part + j) >> (2 * quarter) & 3
+        scale = d * float32(load_i8(block + 192 + (i >> 4)))
+        store_f32(out + 4 * i, scale * float32((low | high << 4) - 32))
+
+
+@njit(**OPTIONS)
+def dequantise(dtype, blocks, n, out):
+    """n values (a multiple of the block) from consecutive blocks to floats at `out`."""
+    none = float32(0.0)
+    if dtype in (_Q4_K, _Q5_K):
+        five = 1 if dtype == _Q5_K else 0
+        for i in range(n // 256):
+            _q45_k(blocks + (144 + 32 * five) * i, out + 1024 * i, five)
+    elif dtype == _Q8_0:
+        for i in range(n // 32):
+            _q8_0(blocks + 34 * i, out + 128 * i)
+    elif dtype == _Q4_0:
+        for i in range(n // 32):
+            b = blocks + 18 * i
+            _four_bits(out + 128 * i, b + 2, int64(0), load_f16(b), none, 8)
+    elif dtype == _Q4_1:
+        for i in range(n // 32):
+            b = blocks + 20 * i
+            _four_bits(out + 128 * i, b + 4, int64(0), load_f16(b), load_f16(b + 2), 0)
+    elif dtype == _Q5_0:
+        for i in range(n // 32):
+            b = blocks + 22 * i
+            _four_bits(out + 128 * i, b + 6, int64(load_u32(b + 2)), load_f16(b), none, 16)
+    elif dtype == _Q5_1:
+        for i in range(n // 32):
+            b = blocks + 24 * i
+            _four_bits(out + 128 * i, b + 8, int64(load_u32(b + 4)), load_f16(b), load_f16(b + 2), 0)
+    else:
+        for i in range(n // 256):
+            _q6_k(blocks + 210 * i, out + 1024 * i)

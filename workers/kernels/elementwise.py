@@ -1,0 +1,133 @@
+"""ADD, SUB, MUL and DIV with ggml's broadcasting: the second operand is repeated over the first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from numba import njit
+
+from protocol.ops import Op
+from workers.kernels import row
+from workers.kernels.access import (
+    FLOATS,
+    SEGMENT,
+    SEGMENT_NBYTES,
+    contiguous,
+    extent,
+    fetch,
+    nelements,
+    place,
+    put,
+    read_float,
+    row_address,
+    share,
+    stride,
+    word,
+)
+from workers.kernels.simd import (
+    add_f32x8,
+    div_f32x8,
+    load_f32x8,
+    load_f32x8_part,
+    mul_f32x8,
+    splat_f32x8,
+    store_f32,
+    store_f32x8,
+    store_f32x8_part,
+    sub_f32x8,
+)
+from workers.kernels.stage import OPTIONS, Operand, Stage, kernel
+
+_CODES = {Op.ADD: 0, Op.SUB: 1, Op.MUL: 2, Op.DIV: 3}
+_SPLAT, _DIRECT, _REPEAT = 0, 1, 2
+"""How a row of the second operand covers one of the first: one value, as long, or several times."""
+
+_SCRATCH = 3 * SEGMENT_NBYTES
+
+DST, A, B = row.DST, row.SRC[0], row.SRC[1]
+
+
+def _loop(combine: Any) -> Any:
+    """Compiled `f(a, b, step, o, n)`: n floats each; b moves on `step` bytes per vector, 0 for a splat value."""
+
+    @njit(nogil=True, error_model="numpy")
+    def run(a, b, step, o, n):
+        whole = n & ~7
+        for i in range(0, whole, 8):
+            store_f32x8(o + 4 * i, combine(load_f32x8(a + 4 * i), load_f32x8(b)))
+            b += step
+        rest = n - whole
+        if rest > 0:
+            second = load_f32x8_part(b, rest) if step != 0 else load_f32x8(b)
+            store_f32x8_part(o + 4 * whole, combine(load_f32x8_part(a + 4 * whole, rest), second), rest)
+
+    return run
+
+
+_add, _sub, _mul, _div = _loop(add_f32x8), _loop(sub_f32x8), _loop(mul_f32x8), _loop(div_f32x8)
+
+
+@njit(**OPTIONS)
+def _fetch_second(r, i1, i2, i3, at, n, mode, scratch):
+    """The piece [at, at + n) of the second operand's row, as the loops want it."""
+    base = row_address(r, B, i1 % extent(r, B, 1), i2 % extent(r, B, 2), i3 % extent(r, B, 3))
+    dtype, step = word(r, B + row.DTYPE), stride(r, B, 0)
+    if mode == _DIRECT:
+        return fetch(base + at * step, step, dtype, n, scratch)
+    if mode == _SPLAT:
+        store_f32x8(scratch, splat_f32x8(read_float(base, dtype)))
+        return scratch
+    period = extent(r, B, 0)
+    for i in range(n):
+        store_f32(scratch + 4 * i, read_float(base + (at + i) % period * step, dtype))
+    return scratch
+
+
+@kernel
+def binary(r, ith, nth):
+    """AUX: op code, how b repeats in a row, elements in a row, rows (flattened where layouts allow)."""
+    code, mode = word(r, row.AUX), word(r, row.AUX + 1)
+    n0, rows = word(r, row.AUX + 2), word(r, row.AUX + 3)
+    n1, n2 = extent(r, DST, 1), extent(r, DST, 2)
+    a_type, a_step = word(r, A + row.DTYPE), stride(r, A, 0)
+    o_type, o_step = word(r, DST + row.DTYPE), stride(r, DST, 0)
+    scratch = word(r, row.WORK) + ith * _SCRATCH
+    b_step = 0 if mode == _SPLAT else 32
+    pieces = (n0 + SEGMENT - 1) // SEGMENT
+    first, last = share(rows * pieces, ith, nth)
+    for unit in range(first, last):
+        i = unit // pieces
+        at = (unit - i * pieces) * SEGMENT
+        n = min(SEGMENT, n0 - at)
+        i1, i2, i3 = i % n1, i // n1 % n2, i // (n1 * n2)
+        a = fetch(row_address(r, A, i1, i2, i3) + at * a_step, a_step, a_type, n, scratch)
+        b = _fetch_second(r, i1, i2, i3, at, n, mode, scratch + SEGMENT_NBYTES)
+        target = row_address(r, DST, i1, i2, i3) + at * o_step
+        o = place(target, o_step, o_type, scratch + 2 * SEGMENT_NBYTES)
+        if code == 0:
+            _add(a, b, b_step, o, n)
+        elif code == 1:
+            _sub(a, b, b_step, o, n)
+        elif code == 2:
+            _mul(a, b, b_step, o, n)
+        else:
+            _div(a, b, b_step, o, n)
+        put(o, target, o_step, o_type, n)
+
+
+def stages(
+    op: Op, dst: Operand, src: Sequence[Operand | None], params: tuple[int | float, ...], threads: int
+) -> tuple[Stage, ...] | None:
+    """ADD, SUB, MUL, DIV of F32, F16 and BF16; None for other types or shapes that do not repeat."""
+    if op not in _CODES or len(src) < 2 or src[0] is None or src[1] is None:
+        return None
+    a, b = src[0], src[1]
+    if {dst.dtype, a.dtype, b.dtype} - FLOATS or dst.ne != a.ne or any(n % m for n, m in zip(a.ne, b.ne, strict=True)):
+        return None
+    mode = _DIRECT if a.ne[0] == b.ne[0] else _SPLAT if b.ne[0] == 1 else _REPEAT
+    n0, rows = a.ne[0], nelements(a) // a.ne[0]
+    scalar, same = nelements(b) == 1, b.ne == a.ne and contiguous(b)
+    if contiguous(dst) and contiguous(a) and (scalar or same):
+        mode, n0, rows = (_SPLAT if scalar else _DIRECT), nelements(a), 1
+    return (Stage(binary, work_nbytes=threads * _SCRATCH, aux=(_CODES[op], mode, n0, rows)),)

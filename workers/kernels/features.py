@@ -1,0 +1,96 @@
+"""Which CPU features kernels may use, how to switch them off, and a cache of compiled code for each choice."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import llvmlite.binding as llvm
+
+KNOWN = ("avx2", "fma", "f16c")
+"""Features that kernels have special code for. `CROSSDOCK_DISABLE=avx2,f16c` does without; results stay the same."""
+
+_INLINED = (
+    "access.py", "emit.py", "features.py", "matformats.py", "mattiles.py", "quantize_rows.py", "row.py", "simd.py",
+    "stage.py", "vecmath.py",
+)  # fmt: skip
+"""Modules whose code is compiled into kernels of other modules: numba notices a change only in a kernel's own file."""
+
+_OURS = re.compile(r"crossdock-[0-9a-f]{12}-[a-z0-9-]+")
+
+
+def disabled(environ: Mapping[str, str] = os.environ) -> frozenset[str]:
+    """Names in `CROSSDOCK_DISABLE`, a comma list in any case; names that are no CPU feature are for others to read."""
+    names = (name.strip().lower() for name in environ.get("CROSSDOCK_DISABLE", "").split(","))
+    return frozenset(name for name in names if name)
+
+
+def detect(environ: Mapping[str, str] = os.environ) -> frozenset[str]:
+    """Features of KNOWN that the CPU has, numba may generate code for, and nobody switched off."""
+    if environ.get("NUMBA_CPU_FEATURES"):
+        present = {f[1:] for f in environ["NUMBA_CPU_FEATURES"].split(",") if f.startswith("+")}
+        present -= {f[1:] for f in environ["NUMBA_CPU_FEATURES"].split(",") if f.startswith("-")}
+    elif environ.get("NUMBA_CPU_NAME", "host") != "host":
+        present = set()
+    else:
+        present = {name for name, on in _host().items() if on}
+    return frozenset(KNOWN) & present - disabled(environ)
+
+
+@functools.cache
+def _host() -> dict[str, bool]:
+    try:
+        return dict(llvm.get_host_cpu_features())
+    except RuntimeError:  # a CPU that LLVM cannot ask
+        return {}
+
+
+def configure_cache() -> Path:
+    """Point numba's cache at a directory for this code and these features; call it before anything is compiled.
+
+    The directory lies under `NUMBA_CACHE_DIR` if that is set, else under the user's cache directory. Calling it again,
+    also in a child process that inherited the environment, changes nothing. Features that are switched off are
+    withheld from LLVM as well.
+    """
+    base = Path(os.environ.get("NUMBA_CACHE_DIR") or _user_cache())
+    if _OURS.fullmatch(base.name):
+        base = base.parent
+    chosen = base / f"crossdock-{_digest()}-{'-'.join(sorted(detect())) or 'portable'}"
+    settings = {"CACHE_DIR": str(chosen)}
+    withheld = disabled() & set(KNOWN)
+    if withheld and not os.environ.get("NUMBA_CPU_NAME") and _host():
+        own = [f"{'+' if on else '-'}{name}" for name, on in sorted(_host().items()) if name not in withheld]
+        settings["CPU_FEATURES"] = ",".join(own + [f"-{name}" for name in sorted(withheld)])
+        settings["CPU_NAME"] = llvm.get_host_cpu_name()
+    for name, value in settings.items():
+        os.environ[f"NUMBA_{name}"] = value
+        if "numba" in sys.modules:
+            setattr(sys.modules["numba"].config, name, value)
+    return chosen
+
+
+def _digest() -> str:
+    here = Path(__file__).parent
+    digest = hashlib.sha256()
+    for name in _INLINED:
+        if (here / name).exists():
+            digest.update((here / name).read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _user_cache() -> Path:
+    for home in (os.environ.get("XDG_CACHE_HOME"), Path.home() / ".cache"):
+        if home and os.access(home, os.W_OK):
+            return Path(home) / "crossdock"
+    return Path(tempfile.gettempdir()) / f"crossdock-{os.getuid()}" / "cache"
+
+
+HAVE = detect()
+"""The features this process uses, settled at import."""
+HAVE_AVX2, HAVE_F16C = "avx2" in HAVE, "f16c" in HAVE

@@ -1,0 +1,199 @@
+"""Products of quantised weights with activations from `quantize_rows`: a kernel per format, for few and many columns.
+
+Both give the same bits: the value of an output depends on its row of weights and its column of activations alone, not
+on the number of columns, rows or threads. Threads share groups of eight rows.
+"""
+
+from __future__ import annotations
+
+from numba import njit
+
+from protocol.dtypes import DType
+from workers.kernels import row as words
+from workers.kernels.access import extent, row_address, share, stride, word
+from workers.kernels.mattiles import COLUMNS, ROWS, dot_panel, dot_rows, pack_rows
+from workers.kernels.stage import OPTIONS, Kernel, kernel
+
+FEW = 2
+"""Up to so many columns weights are used where they lie; more are worth packing them."""
+
+_W, _Y = words.SRC[0], words.SRC[1]
+_Q4_0 = int(DType.Q4_0)
+_Q4_1 = int(DType.Q4_1)
+_Q5_0 = int(DType.Q5_0)
+_Q5_1 = int(DType.Q5_1)
+_Q8_0 = int(DType.Q8_0)
+_Q4_K = int(DType.Q4_K)
+_Q5_K = int(DType.Q5_K)
+_Q6_K = int(DType.Q6_K)
+
+
+@njit(**OPTIONS)
+def _unit(row: int, unit: int, groups: int) -> tuple[int, int, int, int]:
+    """Group of eight rows, its number of rows, its weights, first column in scratch memory, result."""
+    group, batch = unit % groups, unit // groups
+    i2, i3 = batch % extent(row, _Y, 2), batch // extent(row, _Y, 2)
+    w2, w3 = i2 * extent(row, _W, 2) // extent(row, _Y, 2), i3 * extent(row, _W, 3) // extent(row, _Y, 3)
+    weights = row_address(row, _W, ROWS * group, w2, w3)
+    columns = word(row, words.WORK) + batch * extent(row, _Y, 1) * word(row, words.AUX)
+    out = row_address(row, words.DST, 0, i2, i3) + 4 * ROWS * group
+    return min(ROWS, extent(row, _W, 1) - ROWS * group), weights, columns, out
+
+
+@njit(**OPTIONS)
+def _groups(row: int) -> tuple[int, int]:
+    """Groups of eight rows, and those of all batches together."""
+    groups = (extent(row, _W, 1) + ROWS - 1) // ROWS
+    return groups, groups * extent(row, _Y, 2) * extent(row, _Y, 3)
+
+
+@njit(inline="always")
+def _few_columns(row: int, ith: int, nth: int, form: int) -> None:
+    groups, units = _groups(row)
+    first, last = share(units, ith, nth)
+    k, m, distance = extent(row, _W, 0), extent(row, _Y, 1), word(row, words.AUX)
+    for unit in range(first, last):
+        rows, weights, y, out = _unit(row, unit, groups)
+        for column in range(m):
+            dot_rows(
+                form,
+                weights,
+                stride(row, _W, 1),
+                rows,
+                y + column * distance,
+                k,
+                out + column * stride(row, words.DST, 1),
+            )
+
+
+@njit(inline="always")
+def _many_columns(row: int, ith: int, nth: int, form: int) -> None:
+    groups, units = _groups(row)
+    first, last = share(units, ith, nth)
+    k, m, distance = extent(row, _W, 0), extent(row, _Y, 1), word(row, words.AUX)
+    panel = word(row, words.WORK) + word(row, words.AUX + 1) + ith * word(row, words.AUX + 2)
+    out_distance = stride(row, words.DST, 1)
+    for unit in range(first, last):
+        rows, weights, y, out = _unit(row, unit, groups)
+        pack_rows(form, weights, stride(row, _W, 1), rows, k, panel)
+        for c in range(0, m, COLUMNS):
+            dot_panel(
+                form,
+                panel,
+                rows,
+                y + c * distance,
+                distance,
+                min(COLUMNS, m - c),
+                k,
+                out + c * out_distance,
+                out_distance,
+            )
+
+
+@kernel
+def few_q4_0(row: int, ith: int, nth: int) -> None:
+    """Q4_0 weights, one or two columns."""
+    _few_columns(row, ith, nth, _Q4_0)
+
+
+@kernel
+def many_q4_0(row: int, ith: int, nth: int) -> None:
+    """Q4_0 weights, any number of columns."""
+    _many_columns(row, ith, nth, _Q4_0)
+
+
+@kernel
+def few_q4_1(row: int, ith: int, nth: int) -> None:
+    """Q4_1 weights, one or two columns."""
+    _few_columns(row, ith, nth, _Q4_1)
+
+
+@kernel
+def many_q4_1(row: int, ith: int, nth: int) -> None:
+    """Q4_1 weights, any number of columns."""
+    _many_columns(row, ith, nth, _Q4_1)
+
+
+@kernel
+def few_q5_0(row: int, ith: int, nth: int) -> None:
+    """Q5_0 weights, one or two columns."""
+    _few_columns(row, ith, nth, _Q5_0)
+
+
+@kernel
+def many_q5_0(row: int, ith: int, nth: int) -> None:
+    """Q5_0 weights, any number of columns."""
+    _many_columns(row, ith, nth, _Q5_0)
+
+
+@kernel
+def few_q5_1(row: int, ith: int, nth: int) -> None:
+    """Q5_1 weights, one or two columns."""
+    _few_columns(row, ith, nth, _Q5_1)
+
+
+@kernel
+def many_q5_1(row: int, ith: int, nth: int) -> None:
+    """Q5_1 weights, any number of columns."""
+    _many_columns(row, ith, nth, _Q5_1)
+
+
+@kernel
+def few_q8_0(row: int, ith: int, nth: int) -> None:
+    """Q8_0 weights, one or two columns."""
+    _few_columns(row, ith, nth, _Q8_0)
+
+
+@kernel
+def many_q8_0(row: int, ith: int, nth: int) -> None:
+    """Q8_0 weights, any number of columns."""
+    _many_columns(row, ith, nth, _Q8_0)
+
+
+@kernel
+def few_q4_k(row: int, ith: int, nth: int) -> None:
+    """Q4_K weights, one or two columns."""
+    _few_columns(row, ith, nth, _Q4_K)
+
+
+@kernel
+def many_q4_k(row: int, ith: int, nth: int) -> None:
+    """Q4_K weights, any number of columns."""
+    _many_columns(row, ith, nth, _Q4_K)
+
+
+@kernel
+def few_q5_k(row: int, ith: int, nth: int) -> None:
+    """Q5_K weights, one or two columns."""
+    _few_columns(row, ith, nth, _Q5_K)
+
+
+@kernel
+def many_q5_k(row: int, ith: int, nth: int) -> None:
+    """Q5_K weights, any number of columns."""
+    _many_columns(row, ith, nth, _Q5_K)
+
+
+@kernel
+def few_q6_k(row: int, ith: int, nth: int) -> None:
+    """Q6_K weights, one or two columns."""
+    _few_columns(row, ith, nth, _Q6_K)
+
+
+@kernel
+def many_q6_k(row: int, ith: int, nth: int) -> None:
+    """Q6_K weights, any number of columns."""
+    _many_columns(row, ith, nth, _Q6_K)
+
+
+PRODUCTS: dict[DType, tuple[Kernel, Kernel]] = {
+    DType.Q4_0: (few_q4_0, many_q4_0),
+    DType.Q4_1: (few_q4_1, many_q4_1),
+    DType.Q5_0: (few_q5_0, many_q5_0),
+    DType.Q5_1: (few_q5_1, many_q5_1),
+    DType.Q8_0: (few_q8_0, many_q8_0),
+    DType.Q4_K: (few_q4_k, many_q4_k),
+    DType.Q5_K: (few_q5_k, many_q5_k),
+    DType.Q6_K: (few_q6_k, many_q6_k),
+}
+"""Kernels for few and for many columns, by type."""

@@ -1,0 +1,186 @@
+"""The worker's message loop: handshake, then one answer per request until told to end."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import zmq
+
+from protocol import messages as m
+from protocol.board import Board
+from protocol.errors import CrossdockError, ProtocolError
+from protocol.features import SWITCHES, has
+from protocol.limits import MAX_PROGRAMS
+from protocol.ops import Op
+from protocol.program import table_from
+from protocol.sockets import bind, control_client, data_socket, new_context
+from protocol.version import MAJOR, MINOR
+from protocol.wire import Buffer, decode, encode
+from workers.arena import Arenas
+from workers.config import WorkerConfig
+from workers.peers import MessagePlane, Plane, SharedPlane, SignalPlane, open_outboxes
+from workers.run import Compiled, Engine, NullEngine, Runner, compile_program
+
+Reply = tuple[Any, Sequence[Buffer]] | None
+Buffers = tuple[memoryview, ...]
+
+
+def serve(config: WorkerConfig) -> None:
+    """Connect, shake hands and answer until `Shutdown`.
+
+    Raises ProtocolError when the coordinator refuses us or speaks something else.
+    """
+    context = new_context()
+    control = control_client(context, f"{config.name}.{config.incarnation}")
+    control.connect(config.endpoint)
+    inbox = data_socket(context, zmq.PULL)
+    endpoint = bind(inbox, config.transport, config.run_directory, f"{config.name}.{config.incarnation}")
+    features = tuple(name for name in SWITCHES if has(name))
+    hello = m.Hello(
+        config.name, config.incarnation, MAJOR, MINOR, config.token, os.getpid(), config.kind, features, endpoint
+    )
+    control.send_multipart(encode(hello))
+    engine = _engine(config)  # loads the kernels while the coordinator plans
+    welcome = decode(control.recv_multipart()).message
+    if isinstance(welcome, m.Refused):
+        raise ProtocolError(f"{config.name}: refused: {welcome.reason}")
+    if not isinstance(welcome, m.Welcome):
+        raise ProtocolError(f"{config.name}: expected welcome, got {type(welcome).__name__}")
+    board = Board.attach(config.board)
+    plane = _plane(config, welcome, context, inbox, board)
+    _Worker(config, welcome, plane, board, engine).loop(control)
+    engine.close()
+    plane.close()
+    control.close()
+    context.term()
+
+
+def _engine(config: WorkerConfig) -> Engine:
+    if config.kind == "null":
+        return NullEngine()
+    from workers.engine import KernelEngine  # numba: a second to import, and nothing for null workers
+
+    return KernelEngine(config.threads)
+
+
+def _plane(
+    config: WorkerConfig,
+    welcome: m.Welcome,
+    context: zmq.Context[zmq.Socket[bytes]],
+    inbox: zmq.Socket[bytes],
+    board: Board,
+) -> Plane:
+    virtual = config.kind == "null"
+    if welcome.plane == "shared":
+        inbox.close()
+        return SignalPlane(board) if virtual else SharedPlane(board)
+    outboxes = open_outboxes(context, welcome.data_endpoints, welcome.index)
+    return MessagePlane(inbox, outboxes, config.token, virtual=virtual)
+
+
+class _Worker:
+    """State of a serving worker, and its answers to each kind of request."""
+
+    def __init__(self, config: WorkerConfig, welcome: m.Welcome, plane: Plane, board: Board, engine: Engine) -> None:
+        self.config, self.plane, self.engine = config, plane, engine
+        self.n_workers = len(welcome.names)
+        self.arenas = Arenas(
+            config.run_directory,
+            config.name,
+            limit=config.memory,
+            shared=welcome.plane == "shared",
+            virtual=config.kind == "null",
+        )
+        self.unsupported = frozenset(Op[name] for name in config.unsupported_ops)
+        self.programs: dict[int, Compiled] = {}
+        self.runner = Runner(welcome.index, self.arenas, plane, board, engine)
+        self.answers: dict[type, Callable[[Any, Buffers], Reply]] = {
+            m.Allocate: self._allocate,
+            m.Release: self._release,
+            m.MapFile: self._map_file,
+            m.Load: self._load,
+            m.ProgramMessage: self._program,
+            m.Forget: self._forget,
+            m.Step: self._step,
+            m.Read: self._read,
+            m.Write: self._write,
+            m.StatsRequest: self._stats,
+        }
+
+    def loop(self, control: zmq.Socket[bytes]) -> None:
+        """Answer requests in order; what the world does wrong becomes `Failed`."""
+        while True:
+            frames = [frame.buffer for frame in control.recv_multipart(copy=False)]
+            try:
+                envelope = decode(frames)
+                if isinstance(envelope.message, m.Shutdown):
+                    return
+                answer = self.answers.get(type(envelope.message))
+                if answer is None:
+                    raise ProtocolError(f"{type(envelope.message).__name__} is no request to a worker")
+                reply = answer(envelope.message, envelope.buffers)
+            except CrossdockError as error:
+                print(f"{self.config.name}: {error}", file=sys.stderr, flush=True)
+                reply = m.Failed(error.code, f"{self.config.name}: {error}"[:4000]), ()
+            if reply is not None:
+                control.send_multipart(encode(*reply))
+
+    def _allocate(self, request: m.Allocate, buffers: Buffers) -> Reply:
+        segment = self.arenas.allocate(request.arena, request.nbytes, request.label)
+        return m.Allocated(request.arena, segment.path), ()
+
+    def _release(self, request: m.Release, buffers: Buffers) -> Reply:
+        for arena in request.arenas:
+            self.arenas.release(arena)
+        return None
+
+    def _map_file(self, request: m.MapFile, buffers: Buffers) -> Reply:
+        ranges = table_from(_only(buffers), 2, "ranges")
+        self.arenas.map_file(request.arena, request.path, request.nbytes, ranges, request.digest)
+        return m.Mapped(request.arena), ()
+
+    def _load(self, request: m.Load, buffers: Buffers) -> Reply:
+        pieces = table_from(_only(buffers), 3, "pieces")
+        return m.Loaded(request.arena, self.arenas.load(request.file_arena, request.arena, pieces)), ()
+
+    def _program(self, request: m.ProgramMessage, buffers: Buffers) -> Reply:
+        if len(self.programs) >= MAX_PROGRAMS:
+            raise ProtocolError(f"more than {MAX_PROGRAMS} programs")
+        self.programs[request.program] = compile_program(
+            request, buffers, self.arenas, self.plane, self.engine, self.n_workers, self.unsupported
+        )
+        return m.Ready(request.program), ()
+
+    def _forget(self, request: m.Forget, buffers: Buffers) -> Reply:
+        for program in request.programs:
+            self.programs.pop(program, None)
+        return None
+
+    def _step(self, request: m.Step, buffers: Buffers) -> Reply:
+        program = self.programs.get(request.program)
+        if program is None:
+            raise ProtocolError(f"step of unknown program {request.program}")
+        return self.runner.run(program, request.step, buffers)
+
+    def _read(self, request: m.Read, buffers: Buffers) -> Reply:
+        data = self.arenas.read(request.arena, request.offset, request.nbytes)
+        return m.Bytes(request.arena, request.offset), (data,)
+
+    def _write(self, request: m.Write, buffers: Buffers) -> Reply:
+        self.arenas.write(request.arena, request.offset, _only(buffers))
+        return m.Written(request.arena), ()
+
+    def _stats(self, request: m.StatsRequest, buffers: Buffers) -> Reply:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        resident = peak if sys.platform == "darwin" else peak * 1024
+        return m.Stats(resident, self.arenas.allocated_nbytes), ()
+
+
+def _only(buffers: Buffers) -> memoryview:
+    if len(buffers) != 1:
+        raise ProtocolError(f"expected 1 buffer, got {len(buffers)}")
+    return buffers[0]

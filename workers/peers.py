@@ -1,0 +1,171 @@
+"""The data plane: how bytes get from one worker to another."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import struct
+from collections.abc import Sequence
+from typing import Protocol
+
+import zmq
+
+from protocol import sharedmem
+from protocol.board import Board
+from protocol.errors import ProtocolError
+from protocol.messages import PeerArena
+from protocol.program import Instruction, check_range
+from protocol.sockets import data_socket
+
+_HEAD = struct.Struct("<16sQIIQ")  # the run's tag, step, transfer, program, bytes
+
+
+class Plane(Protocol):
+    """Hand over, take, and wait until the other side has taken; `base` are addresses of the worker's own arenas."""
+
+    def open(self, arenas: Sequence[PeerArena]) -> None:
+        """Get ready to receive from these arenas of peers."""
+
+    def check(self, item: Instruction) -> None:
+        """Raise ProtocolError when a RECV would read outside of them."""
+
+    def send(self, program: int, step: int, item: Instruction, base: int) -> None:
+        """Make the source's bytes available to the peer."""
+
+    def receive(self, program: int, step: int, item: Instruction, base: int) -> None:
+        """Block until the peer's bytes are in place."""
+
+    def wait(self, step: int, item: Instruction) -> None:
+        """Block until the peer no longer needs the source's bytes."""
+
+    def close(self) -> None:
+        """Let go of everything."""
+
+
+class SharedPlane:
+    """One host: the receiver copies straight out of the sender's arena; the board says when, both ways."""
+
+    def __init__(self, board: Board) -> None:
+        self.board = board
+        self.mapped: dict[tuple[int, int], sharedmem.Segment] = {}
+
+    def open(self, arenas: Sequence[PeerArena]) -> None:
+        """Map peers' arenas read-only. Raises WorkerError or ProtocolError when one is gone or too small."""
+        for peer in arenas:
+            known = self.mapped.get((peer.peer, peer.arena))
+            if known is None or known.path != peer.path:
+                self.mapped[peer.peer, peer.arena] = sharedmem.attach(peer.path, peer.nbytes)
+
+    def check(self, item: Instruction) -> None:
+        """The range that a RECV reads lies inside the peer's arena. Raises ProtocolError."""
+        sizes = {arena: s.nbytes for (peer, arena), s in self.mapped.items() if peer == item.peer}
+        check_range(sizes, item.src[0], item.src[1], item.nbytes, f"transfer {item.transfer}")
+
+    def send(self, program: int, step: int, item: Instruction, base: int) -> None:
+        """Publish: nothing is copied on this side."""
+        self.board.publish(item.transfer, step)
+
+    def receive(self, program: int, step: int, item: Instruction, base: int) -> None:
+        """Wait for the publication, copy once, acknowledge."""
+        self.board.wait_published(item.transfer, step)
+        source = self.mapped[item.peer, item.src[0]].address + item.src[1]
+        sharedmem.copy(base + item.offset, source, item.nbytes)
+        self.board.acknowledge(item.transfer, step)
+
+    def wait(self, step: int, item: Instruction) -> None:
+        """Wait for the receiver's acknowledgement."""
+        self.board.wait_acknowledged(item.transfer, step)
+
+    def close(self) -> None:
+        """Unmap."""
+        for segment in self.mapped.values():
+            segment.close()
+        self.mapped.clear()
+
+
+class SignalPlane(SharedPlane):
+    """As SharedPlane without the bytes: for backends that have no memory."""
+
+    def open(self, arenas: Sequence[PeerArena]) -> None:
+        """Nothing to map."""
+
+    def check(self, item: Instruction) -> None:
+        """Nothing to read."""
+
+    def receive(self, program: int, step: int, item: Instruction, base: int) -> None:
+        """Wait for the publication, acknowledge."""
+        self.board.wait_published(item.transfer, step)
+        self.board.acknowledge(item.transfer, step)
+
+
+class MessagePlane:
+    """Any transport: bytes travel as ZeroMQ frames and are copied when sent, so a sent slot is free at once.
+
+    Frames carry a tag that only this run's processes know. A frame that arrives before its turn waits here.
+    """
+
+    def __init__(
+        self, inbox: zmq.Socket[bytes], outboxes: Sequence[zmq.Socket[bytes] | None], token: str, *, virtual: bool
+    ) -> None:
+        self.inbox, self.outboxes, self.virtual = inbox, outboxes, virtual
+        self.tag = hashlib.sha256(token.encode()).digest()[:16]
+        self.early: dict[tuple[int, int], zmq.Frame] = {}
+
+    def open(self, arenas: Sequence[PeerArena]) -> None:
+        """Nothing to map."""
+
+    def check(self, item: Instruction) -> None:
+        """Sizes are checked on arrival."""
+
+    def send(self, program: int, step: int, item: Instruction, base: int) -> None:
+        """Send the bytes."""
+        outbox = self.outboxes[item.peer]
+        assert outbox is not None, item
+        head = _HEAD.pack(self.tag, step, item.transfer, program, 0 if self.virtual else item.nbytes)
+        body = b"" if self.virtual else _view(base + item.offset, item.nbytes)
+        outbox.send_multipart((head, body))
+
+    def receive(self, program: int, step: int, item: Instruction, base: int) -> None:
+        """Wait for the frame and copy it into place. Raises ProtocolError when its size is not the planned one."""
+        while (body := self.early.pop((step, item.transfer), None)) is None:
+            self._take(step)
+        if self.virtual:
+            return
+        if len(body) != item.nbytes:
+            raise ProtocolError(f"transfer {item.transfer}: expected {item.nbytes} bytes, got {len(body)}")
+        _view(base + item.offset, item.nbytes)[:] = body.buffer
+
+    def wait(self, step: int, item: Instruction) -> None:
+        """Sent bytes were copied: nothing to wait for."""
+
+    def close(self) -> None:
+        """Close the sockets."""
+        for socket in (self.inbox, *self.outboxes):
+            if socket is not None:
+                socket.close()
+
+    def _take(self, step: int) -> None:
+        """Put one message aside under its step and transfer; strangers' and past steps' are dropped."""
+        frames = self.inbox.recv_multipart(copy=False)
+        if len(frames) != 2 or len(frames[0]) != _HEAD.size:
+            return
+        tag, of_step, transfer, _, _ = _HEAD.unpack(frames[0].buffer)
+        if tag == self.tag and of_step >= step:
+            self.early[of_step, transfer] = frames[1]
+
+
+def open_outboxes(
+    context: zmq.Context[zmq.Socket[bytes]], endpoints: Sequence[str], own: int
+) -> list[zmq.Socket[bytes] | None]:
+    """A PUSH socket to each peer, None at our own index."""
+    sockets: list[zmq.Socket[bytes] | None] = []
+    for index, endpoint in enumerate(endpoints):
+        socket = data_socket(context, zmq.PUSH) if index != own else None
+        if socket is not None:
+            socket.connect(endpoint)
+        sockets.append(socket)
+    return sockets
+
+
+def _view(address: int, nbytes: int) -> memoryview:
+    return memoryview((ctypes.c_uint8 * nbytes).from_address(address)).cast("B")

@@ -1,0 +1,164 @@
+"""Compiled programs: a worker's share of a graph, checked and bound to addresses, run once per step."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from protocol.board import Board
+from protocol.errors import CapacityError, ProtocolError
+from protocol.messages import Done, Port, ProgramMessage
+from protocol.ops import Op
+from protocol.program import (
+    INSTRUCTION_WORDS,
+    OP_WORDS,
+    Instruction,
+    Kind,
+    OpRecord,
+    check_operands,
+    check_range,
+    check_transfers,
+    table_from,
+    unpack_instructions,
+    unpack_ops,
+)
+from protocol.sharedmem import copy
+from workers.arena import Arenas
+from workers.peers import Plane
+
+
+class Engine(Protocol):
+    """Computes operations: built into something runnable once, run in pieces."""
+
+    def build(self, ops: Sequence[OpRecord], arenas: Arenas) -> Any:
+        """Bind checked operations to addresses. Raises CapacityError for an op without a kernel."""
+
+    def run(self, built: Any, first: int, last: int) -> None:
+        """Compute operations [first, last)."""
+
+    def close(self) -> None:
+        """End the threads."""
+
+
+class NullEngine:
+    """Computes nothing."""
+
+    def build(self, ops: Sequence[OpRecord], arenas: Arenas) -> None:
+        """Nothing to bind."""
+
+    def run(self, built: None, first: int, last: int) -> None:
+        """Nothing to compute."""
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """A program that may run: every range was checked; `built` is the engine's."""
+
+    message: ProgramMessage
+    instructions: tuple[Instruction, ...]
+    built: Any
+
+
+def compile_program(
+    message: ProgramMessage,
+    buffers: Sequence[memoryview],
+    arenas: Arenas,
+    plane: Plane,
+    engine: Engine,
+    n_workers: int,
+    unsupported: frozenset[Op],
+) -> Compiled:
+    """Check a program against this worker's memory and bind it to addresses.
+
+    Raises ProtocolError for anything out of range, CapacityError for an op that this backend does not have.
+    """
+    if len(buffers) != 2:
+        raise ProtocolError(f"program {message.name!r}: expected 2 buffers, got {len(buffers)}")
+    check_transfers(message.n_transfers)
+    ops = unpack_ops(table_from(buffers[0], OP_WORDS, "operations"))
+    instructions = unpack_instructions(
+        table_from(buffers[1], INSTRUCTION_WORDS, "instructions"), len(ops), n_workers, message.n_transfers
+    )
+    sizes = arenas.sizes
+    check_operands(ops, sizes)
+    for op in ops:
+        if op.op in unsupported:
+            raise CapacityError(f"program {message.name!r}: this worker does not support {op.op.name}")
+        if op.dst.arena in arenas.read_only:
+            raise ProtocolError(f"program {message.name!r}: {op.op.name} would write into a mapped file")
+    plane.open(message.peer_arenas)
+    for item in instructions:
+        _check_instruction(item, arenas, plane)
+    for port in (*message.inputs, *message.outputs, *message.digests):
+        check_range(sizes, port.arena, port.offset, port.nbytes, f"port {port.name!r}")
+    return Compiled(message, tuple(instructions), engine.build(ops, arenas))
+
+
+def _check_instruction(item: Instruction, arenas: Arenas, plane: Plane) -> None:
+    if item.kind in (Kind.COPY, Kind.SEND, Kind.RECV):
+        check_range(arenas.sizes, item.arena, item.offset, item.nbytes, item.kind.name)
+    if item.kind in (Kind.COPY, Kind.RECV) and item.arena in arenas.read_only:
+        raise ProtocolError(f"{item.kind.name} would write into a mapped file")
+    if item.kind is Kind.COPY:
+        check_range(arenas.sizes, item.src[0], item.src[1], item.nbytes, item.kind.name)
+    if item.kind is Kind.RECV:
+        plane.check(item)
+
+
+class Runner:
+    """Runs compiled programs one step at a time."""
+
+    def __init__(self, index: int, arenas: Arenas, plane: Plane, board: Board, engine: Engine) -> None:
+        self.index, self.arenas, self.plane, self.board, self.engine = index, arenas, plane, board, engine
+
+    def run(self, program: Compiled, step: int, inputs: Sequence[memoryview]) -> tuple[Done, list[bytes]]:
+        """One evaluation: inputs in, instructions in order, outputs and digests out.
+
+        Raises ProtocolError when the inputs are not those of the program's ports.
+        """
+        start = time.perf_counter_ns()
+        self._set_inputs(program.message.inputs, inputs)
+        compute = wait = copying = received = 0
+        for number, item in enumerate(program.instructions):
+            self.board.show(self.index, step, number, item.split)
+            before = time.perf_counter_ns()
+            if item.kind is Kind.RUN:
+                self.engine.run(program.built, item.first, item.last)
+                compute += time.perf_counter_ns() - before
+            elif item.kind is Kind.SEND:
+                self.plane.send(program.message.program, step, item, self.arenas.address(item.arena))
+                copying += time.perf_counter_ns() - before
+            elif item.kind is Kind.RECV:
+                self.plane.receive(program.message.program, step, item, self.arenas.address(item.arena))
+                received += item.nbytes
+                wait += time.perf_counter_ns() - before
+            elif item.kind is Kind.WAIT:
+                self.plane.wait(step, item)
+                wait += time.perf_counter_ns() - before
+            elif not self.arenas.virtual:
+                target, source = self.arenas.address(item.arena), self.arenas.address(item.src[0])
+                copy(target + item.offset, source + item.src[1], item.nbytes)
+                copying += time.perf_counter_ns() - before
+        outputs = [self.arenas.read(port.arena, port.offset, port.nbytes) for port in program.message.outputs]
+        digests = tuple(self._digest(port) for port in program.message.digests)
+        total = time.perf_counter_ns() - start
+        done = Done(program.message.program, step, total, compute, wait, copying, received, digests)
+        return done, outputs
+
+    def _set_inputs(self, ports: Sequence[Port], inputs: Sequence[memoryview]) -> None:
+        if len(ports) != len(inputs):
+            raise ProtocolError(f"step with {len(inputs)} inputs: the program has {len(ports)}")
+        for port, data in zip(ports, inputs, strict=True):
+            if len(data) not in (0, port.nbytes):
+                raise ProtocolError(f"input {port.name!r}: expected {port.nbytes} bytes, got {len(data)}")
+            if len(data):
+                self.arenas.write(port.arena, port.offset, data)
+
+    def _digest(self, port: Port) -> str:
+        return hashlib.sha256(self.arenas.read(port.arena, port.offset, port.nbytes)).hexdigest()
