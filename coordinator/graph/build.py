@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from coordinator.graph.node import ABSENT, NO_FLAGS, BufferRef, Dims, Graph, Tensor, contiguous_nb, make_graph
+from coordinator.graph.node import ABSENT, NO_FLAGS, BufferRef, Dims, Graph, Tensor, contiguous_nb, make_graph, span_nbytes
 from coordinator.model.hparams import WeightInfo
 from protocol.dtypes import DType
 from protocol.errors import ModelError
@@ -57,6 +57,10 @@ class Builder:
     def input(self, name: str, dtype: DType, *ne: int) -> Tensor:
         """A tensor that the caller fills before each evaluation."""
         return self._new(name, dtype, dims(*ne), flags=Flag.INPUT)
+
+    def leaf(self, name: str, dtype: DType, *ne: int) -> Tensor:
+        """A tensor that nobody fills: memory of the graph alone."""
+        return self._new(name, dtype, dims(*ne))
 
     def weight(self, name: str, *ne: int, near: str | None = None) -> Tensor:
         """A tensor of the model file; asked for twice, it is the same leaf.
@@ -133,8 +137,9 @@ class Builder:
         for axis in range(len(strides), 4):
             packed = a.dtype.row_nbytes(ne[0]) if axis == 1 else strides[axis - 1] * dims(*ne)[axis - 1]
             strides.append(packed)
-        nb0, nb1, nb2, nb3 = strides
-        return self._view_op(Op.VIEW, a, dims(*ne), (nb0, nb1, nb2, nb3), "view", offset=offset)
+        shape, four = dims(*ne), _four(strides)
+        assert offset + span_nbytes(a.dtype, shape, four) <= a.nbytes, (a.name, a.ne, shape, four, offset)
+        return self._view_op(Op.VIEW, a, shape, four, "view", offset=offset)
 
     def reshape(self, a: Tensor, *ne: int) -> Tensor:
         """The same elements in another shape; `a` must be contiguous."""
@@ -179,9 +184,11 @@ class Builder:
         """A copy in another type: a CPY with one source."""
         return self.name(self._op(Op.CPY, (a,), a.ne, dtype), f"{self._now(a).name} (copy)")
 
-    def cont(self, a: Tensor) -> Tensor:
-        """A contiguous copy."""
-        return self.name(self._op(Op.CONT, (a,), a.ne, a.dtype), f"{self._now(a).name} (cont)")
+    def cont(self, a: Tensor, *ne: int) -> Tensor:
+        """A contiguous copy, in the shape `ne` if given."""
+        shape = dims(*ne) if ne else a.ne
+        assert math.prod(shape) == a.nelements, (a.name, a.ne, shape)
+        return self.name(self._op(Op.CONT, (a,), shape, a.dtype), f"{self._now(a).name} (cont)")
 
     def repeat(self, a: Tensor, *ne: int) -> Tensor:
         """`a` tiled to `ne`."""

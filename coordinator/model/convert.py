@@ -15,13 +15,15 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 
+from coordinator.model.gguf_file import open_model
 from coordinator.model.hf_config import HfModel, read_config
 from coordinator.model.hf_names import Source, canonical_name, ignored, source_of
 from coordinator.model.hf_tokenizer import HfVocabulary, read_vocabulary
 from coordinator.model.hparams import ModelParams
-from coordinator.model.params import KEY_GATES, KEY_IMAGE_TOKEN, KEY_MEAN, KEY_STD
+from coordinator.model.params import KEY_GATES, KEY_IMAGE_TOKEN, KEY_MEAN, KEY_STD, read_params
 from coordinator.model.quantize import ENCODABLE, quantize
 from coordinator.model.safetensors_file import SourceTensor, open_checkpoint, read_tensor
+from coordinator.model.tokens import Tokenizer
 from coordinator.model.weights import expected_weights
 from protocol.dtypes import DType
 from protocol.errors import ModelError
@@ -78,20 +80,30 @@ def convert(folder: Path, out_path: Path, dtype: DType, progress: Progress | Non
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such folder")
     tensors = _by_canonical_name(open_checkpoint(folder))
-    model = read_config(folder, _OUTPUT in tensors)
+    try:
+        model = read_config(folder, _OUTPUT in tensors)
+        vocabulary = read_vocabulary(folder, _n_tokens(model.params))
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
+        # JSON of another form than ours: which of the many places it was does not help anybody.
+        raise ModelError(f"{folder}: config.json or tokenizer.json has an unexpected form ({error})") from None
     params = model.params
     targets = _plan(params, tensors, dtype)
-    n_tokens = params.text.n_vocab if params.image_token is None else max(params.text.n_vocab, params.image_token + 1)
-    vocabulary = read_vocabulary(folder, n_tokens)
     report = progress or (lambda done, total, name: None)
     with _fresh_file(out_path) as temporary:
         _write(temporary, model, vocabulary, targets, tensors, report)
+        written = open_model(temporary)
+        read_params(written)
+        Tokenizer.from_metadata(written.metadata, str(folder / "tokenizer.json"))
         nbytes = temporary.stat().st_size
     kinds = [target.dtype for target in targets]
     n_params = sum(int(np.prod(target.shape, dtype=np.int64)) for target in targets)
     return Summary(
         params.arch, len(targets), n_params, nbytes, {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
     )
+
+
+def _n_tokens(params: ModelParams) -> int:
+    return max(params.text.n_vocab, (params.image_token or 0) + 1)
 
 
 def _by_canonical_name(tensors: dict[str, SourceTensor]) -> dict[str, SourceTensor]:
@@ -235,7 +247,7 @@ def _metadata(
     yield f"{arch}.vocab_size", t.n_vocab, u32
     if params.vision is not None:
         yield from _vision_metadata(params)
-    yield from _tokenizer_metadata(vocabulary)
+    yield from tokenizer_metadata(vocabulary)
 
 
 def _vision_metadata(params: ModelParams) -> Iterator[tuple[str, Any, GGUFValueType]]:
@@ -260,7 +272,8 @@ def _vision_metadata(params: ModelParams) -> Iterator[tuple[str, Any, GGUFValueT
     yield KEY_IMAGE_TOKEN, params.image_token, u32
 
 
-def _tokenizer_metadata(vocabulary: HfVocabulary) -> Iterator[tuple[str, Any, GGUFValueType]]:
+def tokenizer_metadata(vocabulary: HfVocabulary) -> Iterator[tuple[str, Any, GGUFValueType]]:
+    """Keys, values and (element) types of the tokenizer; None stands for a key that is left out."""
     u32, text = GGUFValueType.UINT32, GGUFValueType.STRING
     yield "tokenizer.ggml.model", "gpt2", text
     yield "tokenizer.ggml.pre", vocabulary.pre, text

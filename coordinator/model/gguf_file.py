@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
 import mmap
 import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
-from coordinator.model.gguf_header import Header, MetaValue, read_header
+from coordinator.model.gguf_header import MetaValue, read_header
 from coordinator.model.hparams import WeightInfo
+from protocol import content
 from protocol.errors import ModelError
 
 __all__ = ["MetaValue", "ModelFile", "open_model", "weight_bytes"]
-
-_EDGE: Final = 4096  # bytes of each end of a tensor that enter the fingerprint
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFile:
     """A checked GGUF file.
 
-    `weights` holds absolute offsets in file order. `fingerprint` is the hex blake2b (16 bytes) of the header and of
-    the first and last 4 KiB of each tensor: two processes that see the same one have opened the same file.
+    `weights` holds absolute offsets in file order. `fingerprint` is protocol.content's digest of the header and of
+    both ends of each tensor: two processes that see the same one have opened the same file.
     """
 
     path: Path
@@ -33,6 +30,7 @@ class ModelFile:
     weights: dict[str, WeightInfo]
     alignment: int
     fingerprint: str
+    header_nbytes: int = 0
 
 
 def open_model(path: str | os.PathLike[str]) -> ModelFile:
@@ -50,8 +48,9 @@ def open_model(path: str | os.PathLike[str]) -> ModelFile:
                 raise ModelError(f"{path.name}: {info.st_size} bytes are too few for a GGUF header (24)")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 header = read_header(data, path.name)
+                fingerprint = content.digest(data, _ranges(header.nbytes, header.weights))
                 return ModelFile(
-                    path, len(data), header.metadata, header.weights, header.alignment, _fingerprint(data, header)
+                    path, len(data), header.metadata, header.weights, header.alignment, fingerprint, header.nbytes
                 )
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
@@ -76,12 +75,10 @@ def weight_bytes(model: ModelFile, name: str) -> bytes:
     return data
 
 
-def _fingerprint(data: mmap.mmap, header: Header) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    digest.update(len(data).to_bytes(8, "little"))
-    digest.update(data[: header.nbytes])
-    for info in header.weights.values():
-        end = info.offset + info.nbytes
-        digest.update(data[info.offset : min(info.offset + _EDGE, end)])
-        digest.update(data[max(info.offset, end - _EDGE) : end])
-    return digest.hexdigest()
+def content_ranges(model: ModelFile) -> content.Ranges:
+    """The byte ranges that the fingerprint covers, for another process to check its file by."""
+    return _ranges(model.header_nbytes, model.weights)
+
+
+def _ranges(header_nbytes: int, weights: dict[str, WeightInfo]) -> content.Ranges:
+    return content.ranges_of(header_nbytes, [(info.offset, info.nbytes) for info in weights.values()])

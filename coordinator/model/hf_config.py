@@ -17,6 +17,8 @@ from protocol.errors import ModelError
 
 MODEL_TYPES: Final = {"mllama": "mllama", "llama": "llama"}
 _MAX: Final = 1 << 30
+_MAX_LAYERS: Final = 4096
+_MAX_HEAD: Final = 1 << 14
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +39,12 @@ class _Config:
         got = repr(self.values[key])[:60] if key in self.values else "missing"
         return ModelError(f"{self.where}: {key} is {got}: expected {expected}")
 
-    def integer(self, key: str, default: int | None = None, low: int = 1) -> int:
+    def integer(self, key: str, default: int | None = None, low: int = 1, high: int = _MAX) -> int:
         value = self.values.get(key)
         if value is None and default is not None:
             return default
-        if type(value) is not int or not low <= value <= _MAX:
-            raise self.fail(key, f"an integer from {low} to {_MAX}")
+        if type(value) is not int or not low <= value <= high:
+            raise self.fail(key, f"an integer from {low} to {high}")
         return value
 
     def real(self, key: str, default: float | None = None) -> float:
@@ -83,7 +85,7 @@ def read_config(folder: Path, has_output: bool) -> HfModel:
     kind = root.values.get("model_type")
     if kind not in MODEL_TYPES:
         raise root.fail("model_type", " or ".join(MODEL_TYPES))
-    name = folder.resolve().name
+    name = folder.resolve().name.encode("utf-8", "replace").decode()
     if kind == "llama":
         text, factors, linear = _text(root, tied=not has_output)
         if text.tied_output and not root.values.get("tie_word_embeddings"):
@@ -101,14 +103,14 @@ def _text(config: _Config, tied: bool) -> tuple[TextParams, npt.NDArray[np.float
     config.only("hidden_act", "silu")
     for key in ("attention_bias", "mlp_bias"):
         config.only(key, False, None)
-    n_layer, n_embd = config.integer("num_hidden_layers"), config.integer("hidden_size")
+    n_layer, n_embd = config.integer("num_hidden_layers", high=_MAX_LAYERS), config.integer("hidden_size")
     n_head = config.integer("num_attention_heads")
     n_head_kv = config.integer("num_key_value_heads", n_head)
     if n_head % n_head_kv:
         raise config.fail("num_attention_heads", f"a multiple of {n_head_kv} key-value heads")
     head_dim = config.integer("head_dim", n_embd // n_head)
-    if head_dim % 2 or ("head_dim" not in config.values and n_embd % n_head):
-        raise config.fail("hidden_size", f"{n_head} heads of an even size")
+    if head_dim % 2 or not 0 < head_dim <= _MAX_HEAD or ("head_dim" not in config.values and n_embd % n_head):
+        raise config.fail("hidden_size", f"{n_head} heads of an even size up to {_MAX_HEAD}")
     config.only("partial_rotary_factor", 1.0, None)
     base, factors, linear = _rope(config, head_dim)
     n_ctx = config.integer("max_position_embeddings")
@@ -167,10 +169,10 @@ def llama3_factors(
 def _vision(config: _Config, folder: Path) -> VisionParams:
     config.only("hidden_act", "gelu")
     config.only("num_channels", 3)
-    n_layer = config.integer("num_hidden_layers")
+    n_layer = config.integer("num_hidden_layers", high=_MAX_LAYERS)
     mean, std = _preprocessor(folder, config)
     vision = VisionParams(
-        n_layer=n_layer, n_global=config.integer("num_global_layers"), n_embd=config.integer("hidden_size"),
+        n_layer=n_layer, n_global=config.integer("num_global_layers", high=_MAX_LAYERS), n_embd=config.integer("hidden_size"),
         n_ff=config.integer("intermediate_size"), n_head=config.integer("attention_heads"),
         eps=config.real("norm_eps", 1e-5), image_size=config.integer("image_size"),
         patch_size=config.integer("patch_size"), max_tiles=config.integer("max_num_tiles", 4), channels=3,

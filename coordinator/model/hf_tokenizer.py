@@ -39,6 +39,8 @@ def read_vocabulary(folder: Path, n_tokens: int) -> HfVocabulary:
     outside the model.
     """
     path = folder / "tokenizer.json"
+    if n_tokens > _MAX_TOKENS:
+        raise ModelError(f"{folder}: a vocabulary of {n_tokens:,}: expected at most {_MAX_TOKENS:,}")
     source = read_json(path)
     config = read_json(folder / "tokenizer_config.json", optional=True)
     model = source.get("model")

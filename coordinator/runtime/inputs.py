@@ -73,7 +73,7 @@ class CrossMasks:
         """
         index = np.minimum(np.arange(first, first + n_tokens), len(self.visible) - 1)
         visible = self.visible[index]
-        sees = visible.any(axis=1, keepdims=True)
+        sees = np.asarray(visible.any(axis=1)).reshape(-1, 1)
         mask = np.where(visible | ~sees, np.float16(0), MASKED)
         return {"cross_mask": mask.astype(np.float16), "row_mask": sees.astype(np.float32)}
 

@@ -113,7 +113,7 @@ class Memory:
         for (_, buft), tensor in residents.items():
             by_worker[self.worker_of[buft]].append(tensor)
         self._map_file([i for i, tensors in enumerate(by_worker) if any(map(_is_weight, tensors))])
-        copied = []
+        loads = []
         for worker, tensors in enumerate(by_worker):
             for tensor in tensors:
                 if self._in_file(worker, tensor):
@@ -123,9 +123,10 @@ class Memory:
                 if share:
                     arena = self._place(worker, label, share)
                     if label == "weights":
-                        self._send_load(worker, arena, share)
-                        copied.append(worker)
-        self.fleet.gather(copied)
+                        loads.append((worker, arena, share))
+        for worker, arena, share in loads:
+            self._send_load(worker, arena, share)
+        self.fleet.gather([worker for worker, _, _ in loads])
 
     def _in_file(self, worker: int, tensor: Tensor) -> bool:
         """Workers that compute in host memory use weights where the file is mapped."""

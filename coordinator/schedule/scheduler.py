@@ -46,8 +46,10 @@ class Scheduler:
         self._devices = make_devices(devices)
         self._op_offload = op_offload
         self._n_copies = split.PARALLEL_COPIES if parallel else 1
+        self._copy = 0
         self._next_copy = 0
         self._allocated = False
+        self._n_splits = 0
         self._capacity = np.full(16, split.SPLIT_INPUTS, np.int64)
         self._sizes: list[tuple[int, ...] | None] = [None] * self._devices.n_compute
         self._reserved: tuple[allocate.Tasks, allocate.Places] | None = None
@@ -81,16 +83,17 @@ class Scheduler:
         """
         if not self._allocated:
             self._next_copy = 0
-        draft = self._draft(graph, self._next_copy if self._allocated else 0)
+        draft = self._draft(graph)
         if self._reserve(draft):
             self._epoch += 1
         self._last = None
         self.reset()
         return self.buffer_sizes
 
-    def n_splits_reserved(self, graph: Graph) -> int:
-        """Splits of `graph`, without touching buffers."""
-        return len(self._draft(graph, self._next_copy).parts.splits)
+    @property
+    def n_splits(self) -> int:
+        """Splits of the graph that was reserved or allocated last."""
+        return self._n_splits
 
     def allocate(self, graph: Graph, *, reset: bool = True) -> Plan:
         """Plan `graph` and give its tensors their places; with `reset` the last graph is let go first.
@@ -102,9 +105,9 @@ class Scheduler:
             self.reset()
         if self._allocated:
             raise PlanError(f"graph {graph.name!r}: the last graph is still allocated, expected a reset before it")
-        current = self._next_copy
+        self._copy = self._next_copy
         self._next_copy = (self._next_copy + 1) % self._n_copies
-        draft = self._draft(graph, current)
+        draft = self._draft(graph)
         reallocated = not self._can_reuse(draft.tasks)
         if reallocated:
             self._reserve(draft)
@@ -113,7 +116,7 @@ class Scheduler:
         self._allocated = True
         return self._finish(draft, reallocated)
 
-    def _draft(self, graph: Graph, current: int) -> _Draft:
+    def _draft(self, graph: Graph) -> _Draft:
         known = self._devices
         self._check_pins(graph)
         arrays = graph_arrays(graph, known.buft_index, known.foreign, known.index)
@@ -121,8 +124,9 @@ class Scheduler:
         missing = len(graph.nodes) + 1 - self._capacity.size
         if missing > 0:
             self._capacity = np.concatenate((self._capacity, np.full(missing, split.SPLIT_INPUTS, np.int64)))
-        parts = split.split(arrays, known.table, backend, self._capacity, self._n_copies, current)
-        tasks = allocate.arrange(arrays, known.table, backend, parts, current)
+        parts = split.split(arrays, known.table, backend, self._capacity, self._n_copies, self._copy)
+        tasks = allocate.arrange(arrays, known.table, backend, parts, self._copy)
+        self._n_splits = len(parts.splits)
         return _Draft(graph, arrays, backend, cause, parts, tasks)
 
     def _check_pins(self, graph: Graph) -> None:

@@ -35,6 +35,8 @@ class Evaluation:
             leaf = graph.tensors[ident]
             if leaf.name in leafs:
                 self.memory[ident] = self._adopt(leaf, leafs[leaf.name])
+            elif leaf.nelements == 0:
+                self.memory[ident] = np.empty(0, element_type(leaf.dtype, wide))
 
     def __getitem__(self, name: str) -> Array:
         return self.read(self.graph.by_name[name])

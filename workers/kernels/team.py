@@ -204,3 +204,9 @@ def help_out(control, ith, nth, futex):
         first = load_i64(control + 4 * FIRST)
         last = load_i64(control + 4 * LAST)
         help_once(table, first, last, ith, nth, control, futex)
+
+
+def prepare() -> None:
+    """Compile what an executor calls from Python, or load it from numba's cache."""
+    for function, count in ((lead, 6), (ring, 2), (help_once, 7), (help_out, 4)):
+        function.compile((_LONG,) * count)

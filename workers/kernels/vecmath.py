@@ -11,7 +11,8 @@ from typing import Any
 
 from llvmlite import ir
 
-from workers.kernels.simd import call, const, f32x8, fma, i32x8, make, shuffle
+from workers.kernels.emit import call, const, f32x8, fma, i32x8, shuffle
+from workers.kernels.simd import make
 
 Value = ir.Value
 

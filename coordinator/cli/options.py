@@ -1,0 +1,77 @@
+"""From parsed arguments to the options of sessions and fleets."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import coordinator
+from coordinator.config import Topology, parse_workers, read_topology
+from coordinator.runtime.fleet import FleetOptions
+from coordinator.runtime.session import SessionOptions
+from coordinator.schedule.placement import PlacementOptions
+from protocol.dtypes import dtype_of
+from protocol.errors import UsageError
+
+EXAMPLES = Path(coordinator.__file__).resolve().parent.parent / "examples"
+DEMO_MODEL = EXAMPLES / "crossdock-demo.gguf"
+DEMO_IMAGE = EXAMPLES / "images" / "tower.png"
+
+
+def model_path(chosen: argparse.Namespace) -> Path:
+    """The model file. Raises UsageError when none is named and none is bundled."""
+    if chosen.model is not None:
+        return Path(chosen.model)
+    if not DEMO_MODEL.is_file():
+        raise UsageError("no --model given, and this installation has no bundled one")
+    return DEMO_MODEL
+
+
+def topology(chosen: argparse.Namespace) -> Topology:
+    """The workers. Raises UsageError."""
+    if chosen.topology is not None:
+        return read_topology(Path(chosen.topology))
+    return parse_workers(chosen.workers, chosen.threads)
+
+
+def fleet_options(chosen: argparse.Namespace) -> FleetOptions:
+    """How processes talk. Raises UsageError."""
+    if chosen.port and chosen.transport != "tcp":
+        raise UsageError(f"--port {chosen.port} goes with --transport tcp")
+    if chosen.port > 65535:
+        raise UsageError(f"--port {chosen.port}: expected 0 to 65535")
+    if not chosen.stall_timeout > 0:
+        raise UsageError(f"--stall-timeout {chosen.stall_timeout:g}: expected more than 0 s")
+    return FleetOptions(chosen.transport, chosen.port, stall_timeout_s=chosen.stall_timeout)
+
+
+def session_options(chosen: argparse.Namespace) -> SessionOptions:
+    """Placement, context and debug tensors. Raises UsageError."""
+    placement = PlacementOptions(
+        chosen.n_gpu_layers,
+        _proportions(chosen.tensor_split),
+        tuple(_override(text) for text in chosen.override_tensor),
+        not chosen.no_kv_offload,
+    )
+    return SessionOptions(
+        placement,
+        chosen.ctx_size,
+        chosen.ubatch,
+        dtype_of(chosen.kv_type),
+        chosen.share_scheduler,
+        tuple(chosen.debug_tensor),
+    )
+
+
+def _proportions(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(",")) if text else ()
+    except ValueError:
+        raise UsageError(f"--tensor-split {text}: expected numbers separated by commas") from None
+
+
+def _override(text: str) -> tuple[str, str]:
+    pattern, separator, device = text.rpartition("=")
+    if not separator or not pattern:
+        raise UsageError(f"--override-tensor {text}: expected REGEX=WORKER")
+    return pattern, device

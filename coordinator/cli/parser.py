@@ -1,0 +1,127 @@
+"""Arguments of all commands."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from importlib import metadata
+from typing import NoReturn
+
+from protocol.errors import UsageError
+
+Command = Callable[[], int]
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that raises instead of printing the usage and exiting."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def parse(arguments: list[str]) -> Command:
+    """The command to run. Raises UsageError for arguments that cannot be meant."""
+    parser = _Parser(
+        prog="crossdock",
+        description="A laboratory for ggml-style multi-backend scheduling of vision-language models.",
+        epilog="exit status: 0 fine, 1 internal error, 2 usage, 3 model file, 4 input, 5 does not fit, "
+        "6 worker, 7 protocol, 8 something was found, 130 interrupted",
+    )
+    parser.add_argument("--version", action="version", version=f"crossdock {metadata.version('crossdock')}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
+    add_run(commands.add_parser("run", help="describe images or continue text, across worker processes"))
+    add_convert(commands.add_parser("convert", help="turn a Hugging Face folder into one GGUF file"))
+    add_doctor(commands.add_parser("doctor", help="say what this machine has, and what replaces what it lacks"))
+    chosen = parser.parse_args(arguments)
+    return _command(chosen)
+
+
+def _command(chosen: argparse.Namespace) -> Command:
+    """Bind the chosen command; its module is imported only now, since some take long to load."""
+    if chosen.command == "run":
+        from coordinator.cli.run import run
+
+        return lambda: run(chosen)
+    if chosen.command == "convert":
+        from coordinator.cli.convert import convert
+
+        return lambda: convert(chosen)
+    from coordinator.cli.doctor import doctor
+
+    return lambda: doctor(chosen)
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `crossdock run`."""
+    text = parser.add_argument_group("prompt")
+    text.add_argument("-m", "--model", metavar="GGUF", help="model file (default: the bundled demo model)")
+    text.add_argument("-i", "--image", action="append", metavar="FILE", help="image; may be given several times")
+    text.add_argument("-p", "--prompt", help='question or text (default with an image: "Describe this image.")')
+    text.add_argument("-s", "--system", help="system message")
+    text.add_argument("--raw", action="store_true", help="take the prompt as it is, without the chat template")
+    text.add_argument("-n", "--n-predict", type=_at_least(0), default=128, metavar="N", help="at most N new tokens")
+    text.add_argument("-c", "--ctx-size", type=_at_least(0), default=0, metavar="N", help="context, 0: the model's")
+    text.add_argument("-ub", "--ubatch", type=_at_least(1), default=512, metavar="N", help="prompt tokens at a time")
+    add_sampling(parser.add_argument_group("sampling"))
+    add_placement(parser.add_argument_group("workers and placement"))
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", action="store_true", help="one JSON document instead of text")
+    output.add_argument("-q", "--quiet", action="store_true", help="the answer alone")
+
+
+def add_sampling(group: argparse._ArgumentGroup) -> None:
+    """Arguments that choose the next token."""
+    group.add_argument("--temperature", "--temp", type=float, default=0.0, metavar="T", help="0 (default): greedy")
+    group.add_argument("--top-k", type=_at_least(0), default=40, metavar="K", help="0: all")
+    group.add_argument("--top-p", type=float, default=0.95, metavar="P", help="1: all")
+    group.add_argument("--min-p", type=float, default=0.05, metavar="P", help="0: all")
+    group.add_argument("--repeat-penalty", type=float, default=1.0, metavar="R", help="1: none")
+    group.add_argument("--seed", type=_at_least(0), default=0, metavar="S")
+
+
+def add_placement(group: argparse._ArgumentGroup) -> None:
+    """Arguments that say which workers there are and what lies where."""
+    group.add_argument("-w", "--workers", default="cpu:1,accel:2", metavar="KIND:N[:MEMORY],...",
+                       help="kinds cpu, accel, null (default: %(default)s)")  # fmt: skip
+    group.add_argument("--topology", metavar="TOML", help="workers from a file instead")
+    group.add_argument("-t", "--threads", type=_at_least(1), default=1, metavar="N", help="threads of each worker")
+    group.add_argument("-ngl", "--n-gpu-layers", type=_layers, default=None, metavar="N", help="N or all (default)")
+    group.add_argument("-ts", "--tensor-split", default="", metavar="A,B,...", help="proportions of the accelerators")
+    group.add_argument("-ot", "--override-tensor", action="append", default=[], metavar="REGEX=WORKER",
+                       help="weights that match lie there")  # fmt: skip
+    group.add_argument("-nkvo", "--no-kv-offload", action="store_true", help="keep the KV cache in host memory")
+    group.add_argument("-ctk", "--kv-type", choices=("f16", "f32"), default="f16", help="type of the KV cache")
+    group.add_argument("--share-scheduler", action=argparse.BooleanOptionalAction, default=True,
+                       help="vision and language graphs on one scheduler")  # fmt: skip
+    group.add_argument("--debug-tensor", action="append", default=[], metavar="NAME_copy",
+                       help="add an unused input shaped like tensor NAME")  # fmt: skip
+    group.add_argument("--transport", choices=("ipc", "tcp"), default="ipc", help="between processes of this machine")
+    group.add_argument("--port", type=_at_least(0), default=0, metavar="N", help="tcp control port (default: any free)")
+    group.add_argument("--stall-timeout", type=float, default=60.0, metavar="S",
+                       help="give up when no worker makes progress for S seconds")  # fmt: skip
+
+
+def add_convert(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `crossdock convert`."""
+    parser.add_argument("folder", metavar="HF_DIR", help="config.json, *.safetensors, tokenizer.json, ...")
+    parser.add_argument("-o", "--output", required=True, metavar="GGUF")
+    parser.add_argument("--type", choices=("f32", "f16", "bf16", "q8_0", "q4_0"), default="f16", help="of the matrices")
+
+
+def add_doctor(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `crossdock doctor`."""
+    parser.add_argument("--json", action="store_true", help="one JSON document instead of text")
+
+
+def _at_least(low: int) -> Callable[[str], int]:
+    def integer(text: str) -> int:
+        value = int(text)
+        if not low <= value < 1 << 31:
+            raise argparse.ArgumentTypeError(f"{text} is out of range: expected at least {low}")
+        return value
+
+    return integer
+
+
+def _layers(text: str) -> int | None:
+    return None if text in ("all", "-1") else _at_least(0)(text)

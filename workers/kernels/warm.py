@@ -1,0 +1,94 @@
+"""Compiles every kernel ahead of time, once per machine and version: `python -m workers.kernels.warm`.
+
+Prints a line `k/n name` per kernel. Several cold processes may start at once: one compiles, the others wait for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from workers.kernels.features import configure_cache
+
+CACHE = configure_cache()
+
+import llvmlite.binding as llvm  # noqa: E402  (where numba caches is settled above)
+import numba  # noqa: E402
+
+from workers.kernels import table, team  # noqa: E402, F401  (importing the table defines all kernels)
+from workers.kernels.stage import KERNELS  # noqa: E402
+
+Progress = Callable[[int, int, str], None]
+"""Called with (done, total, name) after each kernel."""
+
+
+def is_warm() -> bool:
+    """True when this machine's cache holds all kernels of this version."""
+    return _marker().exists()
+
+
+def warm(progress: Progress | None = None) -> int:
+    """Load every kernel, compiling what the cache lacks; returns how many there are.
+
+    Takes seconds at the first time on a machine, tenths of a second later. A cache that cannot be written only costs
+    time: kernels are then compiled by every process.
+    """
+    if is_warm():
+        return _load(progress)
+    with _alone(CACHE):
+        count = _load(progress)
+        with suppress(OSError):
+            _marker().touch()
+    return count
+
+
+def _load(progress: Progress | None) -> int:
+    tasks = [("threads", team.prepare), *((kernel.name, kernel.address) for kernel in KERNELS)]
+    for k, (name, task) in enumerate(tasks):
+        task()
+        if progress is not None:
+            progress(k + 1, len(tasks), name)
+    return len(tasks)
+
+
+def _marker() -> Path:
+    """A file that exists when the cache is complete for these sources, this numba and this CPU."""
+    digest = hashlib.sha256(f"{numba.__version__} {llvm.get_host_cpu_name()}".encode())
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
+    return CACHE / f"complete-{digest.hexdigest()[:16]}"
+
+
+@contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Hold the directory's lock, so that one process at a time compiles; it ends with the process that holds it."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = open(directory / "warm.lock", "w")  # noqa: SIM115  (closed below)
+    except OSError:
+        yield
+        return
+    with lock:
+        _lock(lock.fileno())
+        yield
+
+
+def _lock(descriptor: int) -> None:
+    """Wait for an exclusive lock; where files cannot be locked, go on without."""
+    with suppress(OSError, ImportError):
+        if os.name == "posix":
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+
+
+def main() -> None:
+    """Warm the cache and print the progress, a line per kernel."""
+    warm(lambda done, total, name: print(f"{done}/{total} {name}", flush=True))
+
+
+if __name__ == "__main__":
+    main()
