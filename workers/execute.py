@@ -45,18 +45,14 @@ class ResolvedOp:
 class Table:
     """A runnable program: `rows` int64 [n, row.WORDS]; op i of its list of ops is rows starts[i]:starts[i+1].
 
-    `work` is the scratch memory that the rows point into, sized for `threads` threads.
+    `work` is the scratch memory that the rows point into, sized for `threads` threads; `address` is that of `rows`.
     """
 
     rows: NDArray[np.int64]
     starts: tuple[int, ...]
     work: NDArray[np.uint8]
     threads: int
-
-    @property
-    def address(self) -> int:
-        """Address of the first row."""
-        return int(self.rows.ctypes.data)
+    address: int
 
 
 def encode_params(op: Op, params: Sequence[int | float]) -> NDArray[np.int32]:
@@ -97,7 +93,7 @@ def build_table(ops: Sequence[ResolvedOp], threads: int) -> Table:
     rows = np.stack(lines) if lines else np.zeros((0, row.WORDS), np.int64)
     work = np.zeros(work_nbytes + _ALIGNMENT, np.uint8)
     rows[:, row.WORK] = -(-work.ctypes.data // _ALIGNMENT) * _ALIGNMENT
-    return Table(rows, tuple(starts), work, threads)
+    return Table(rows, tuple(starts), work, threads, int(rows.ctypes.data))
 
 
 def _operand_words(op: ResolvedOp) -> NDArray[np.int64]:
@@ -133,6 +129,7 @@ class Executor:
         self._memory = np.zeros(team.CONTROL_WORDS + 16, np.int32)
         skip = -self._memory.ctypes.data % _ALIGNMENT // 4
         self._control = self._memory[skip : skip + team.CONTROL_WORDS]
+        self._address = int(self._control.ctypes.data)
         self._lock = threading.Lock()
         self._closed = False
         self._bells = [threading.Semaphore(0) for _ in range(threads - 1)]
@@ -140,6 +137,8 @@ class Executor:
             threading.Thread(target=self._help, args=(i + 1, bell), name=f"crossdock-kernel-{i + 1}", daemon=True)
             for i, bell in enumerate(self._bells)
         ]
+        if self._helpers:
+            team.prepare()
         for helper in self._helpers:
             helper.start()
 
@@ -162,11 +161,12 @@ class Executor:
                 raise WorkerError("cannot run a program: the worker's threads have been closed")
             if first == last:
                 return
-            self._job(program.address, first, last)
-            if not self._futex:
-                for bell in self._bells:
-                    bell.release()
-            team.lead(program.address, first, last, self.threads, self._control.ctypes.data, self._futex)
+            if self._helpers:
+                self._control[team.TABLE : team.TABLE + 6].view(np.int64)[:] = program.address, first, last
+                if not self._futex:
+                    for bell in self._bells:
+                        bell.release()
+            team.lead(program.address, first, last, self.threads, self._address, self._futex)
 
     def close(self) -> None:
         """End the threads, after the job they are at; later calls do nothing."""
@@ -176,24 +176,20 @@ class Executor:
             self._closed = True
             self._control[team.STOP] = 1
             if self._futex:
-                team.ring(self._control.ctypes.data, self._futex)
+                team.ring(self._address, self._futex)
             for bell in self._bells:
                 bell.release()
         for helper in self._helpers:
             helper.join()
 
-    def _job(self, *fields: int) -> None:
-        self._control[team.TABLE : team.TABLE + 6].view(np.int64)[:] = fields
-
     def _help(self, ith: int, bell: threading.Semaphore) -> None:
         """A helper thread's life."""
-        control = self._control.ctypes.data
         if self._futex:
-            team.help_out(control, ith, self.threads, self._futex)
+            team.help_out(self._address, ith, self.threads, self._futex)
             return
         while True:
             bell.acquire()
             if self._control[team.STOP]:
                 return
             address, first, last = (int(x) for x in self._control[team.TABLE : team.TABLE + 6].view(np.int64))
-            team.help_once(address, first, last, ith, self.threads, control, 0)
+            team.help_once(address, first, last, ith, self.threads, self._address, 0)

@@ -6,7 +6,17 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from coordinator.graph.node import ABSENT, NO_FLAGS, BufferRef, Dims, Graph, Tensor, contiguous_nb, make_graph, span_nbytes
+from coordinator.graph.node import (
+    ABSENT,
+    NO_FLAGS,
+    BufferRef,
+    Dims,
+    Graph,
+    Tensor,
+    contiguous_nb,
+    make_graph,
+    span_nbytes,
+)
 from coordinator.model.hparams import WeightInfo
 from protocol.dtypes import DType
 from protocol.errors import ModelError

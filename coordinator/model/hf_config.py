@@ -94,6 +94,8 @@ def read_config(folder: Path, has_output: bool) -> HfModel:
     if not has_output:
         raise ModelError(f"{folder}: lm_head.weight is missing: mllama models with a tied output are not supported")
     text, factors, linear = _text(root.section("text_config"), tied=False)
+    if not text.cross_layers:
+        raise ModelError(f"{folder / 'config.json'}: cross_attention_layers is empty: mllama needs at least one")
     vision = _vision(root.section("vision_config"), folder)
     params = ModelParams("mllama", name, text, vision, root.integer("image_token_index", text.n_vocab))
     return HfModel(params, factors, linear)
@@ -172,13 +174,21 @@ def _vision(config: _Config, folder: Path) -> VisionParams:
     n_layer = config.integer("num_hidden_layers", high=_MAX_LAYERS)
     mean, std = _preprocessor(folder, config)
     vision = VisionParams(
-        n_layer=n_layer, n_global=config.integer("num_global_layers", high=_MAX_LAYERS), n_embd=config.integer("hidden_size"),
-        n_ff=config.integer("intermediate_size"), n_head=config.integer("attention_heads"),
-        eps=config.real("norm_eps", 1e-5), image_size=config.integer("image_size"),
-        patch_size=config.integer("patch_size"), max_tiles=config.integer("max_num_tiles", 4), channels=3,
+        n_layer=n_layer,
+        n_global=config.integer("num_global_layers", high=_MAX_LAYERS),
+        n_embd=config.integer("hidden_size"),
+        n_ff=config.integer("intermediate_size"),
+        n_head=config.integer("attention_heads"),
+        eps=config.real("norm_eps", 1e-5),
+        image_size=config.integer("image_size"),
+        patch_size=config.integer("patch_size"),
+        max_tiles=config.integer("max_num_tiles", 4),
+        channels=3,
         intermediate=config.indices("intermediate_layers_indices", 0, n_layer),
-        image_mean=mean, image_std=std, gates_after_tanh=True,
-    )  # fmt: skip
+        image_mean=mean,
+        image_std=std,
+        gates_after_tanh=True,
+    )
     if not vision.intermediate or vision.max_tiles > 64 or vision.image_size % vision.patch_size:
         raise ModelError(f"{config.where}: no kept layer, over 64 tiles, or image_size no multiple of patch_size")
     config.only("supported_aspect_ratios", [list(canvas) for canvas in vision.canvases], None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -52,8 +51,6 @@ class Evaluator:
     def __init__(self, fleet: Fleet, memory: Memory, schedulers: Sequence[Scheduler]) -> None:
         self.fleet, self.memory, self.schedulers = fleet, memory, tuple(schedulers)
         self.programs: dict[Hashable, Shipped] = {}
-        self._numbers = itertools.count()
-        self._steps = itertools.count(1)
 
     def program(
         self,
@@ -74,22 +71,22 @@ class Evaluator:
             return known
         plan = self.schedulers[scheduler].allocate(build())
         if self.memory.fit_compute(scheduler, plan.buffer_sizes):
-            self._drop(scheduler)
+            self.drop(scheduler)
         lowered = lower(plan, self.memory.homes(scheduler), outputs=outputs, digests=digests, keeps=keeps)
         shipped = self._ship(plan.graph.name, scheduler, lowered)
         self.programs[key] = shipped
         return shipped
 
-    def _drop(self, scheduler: int) -> None:
-        """Forget every program that uses arenas which were just replaced."""
-        gone = {key: shipped for key, shipped in self.programs.items() if shipped.scheduler == scheduler}
+    def drop(self, scheduler: int | None = None) -> None:
+        """Forget the programs of a scheduler, whose arenas were replaced, or all of them."""
+        gone = {k: shipped for k, shipped in self.programs.items() if scheduler in (None, shipped.scheduler)}
         for key, shipped in gone.items():
             del self.programs[key]
             for worker in shipped.workers:
                 self.fleet.send(worker, m.Forget((shipped.number,)))
 
     def _ship(self, name: str, scheduler: int, lowered: Lowered) -> Shipped:
-        number = next(self._numbers)
+        number = next(self.fleet.program_numbers)
         workers = []
         for worker, program in enumerate(lowered.programs):
             if not program.instructions and not program.outputs and not program.digests:
@@ -114,7 +111,7 @@ class Evaluator:
     def run(self, shipped: Shipped, inputs: Mapping[str, Array]) -> StepResult:
         """One evaluation. Inputs that are not given (unused debug tensors) stay as they are."""
         start = time.perf_counter_ns()
-        step = next(self._steps)
+        step = next(self.fleet.step_numbers)
         self.fleet.doing = f"the {shipped.name} graph"
         for worker in shipped.workers:
             ports = shipped.lowered.programs[worker].inputs

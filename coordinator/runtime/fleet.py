@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -47,6 +48,10 @@ class Fleet:
         self.socket = sockets.control_server(self.context)
         self.processes: list[WorkerProcess] = []
         self.doing = "starting"
+        # Numbers are never used twice in a run: peers map arenas by number, and the board compares steps.
+        self.arena_numbers = [itertools.count(1) for _ in topology.workers]
+        self.program_numbers = itertools.count()
+        self.step_numbers = itertools.count(1)
         self._token = sockets.new_token()
         self._clean = False
         try:

@@ -83,7 +83,6 @@ class Memory:
         self.arenas: list[dict[int, Arena]] = [{} for _ in devices]
         self.resident: dict[Key, Home] = {}
         self.compute: dict[tuple[int, str, int], Home] = {}
-        self._next = [FILE_ARENA + 1 for _ in devices]
 
     def check_budget(self, residents: dict[Key, Tensor], buffers: Iterable[dict[str, tuple[int, ...]]]) -> list[Budget]:
         """Bytes per worker, before anything is allocated.
@@ -161,8 +160,7 @@ class Memory:
 
     def allocate(self, worker: int, nbytes: int, label: str) -> int:
         """A new arena on a worker; its number."""
-        arena = self._next[worker]
-        self._next[worker] += 1
+        arena = next(self.fleet.arena_numbers[worker])
         answer = self.fleet.request(worker, m.Allocate(arena, nbytes, label)).message
         assert isinstance(answer, m.Allocated)
         self.arenas[worker][arena] = Arena(nbytes, answer.path, label)
@@ -184,6 +182,15 @@ class Memory:
                 arena = self.allocate(worker, nbytes, "compute")
                 self.compute[scheduler, buft, chunk] = Home(worker, arena, 0)
         return replaced
+
+    def release(self) -> None:
+        """Give every arena back."""
+        for worker, arenas in enumerate(self.arenas):
+            if arenas:
+                self.fleet.send(worker, m.Release(tuple(arenas)))
+            arenas.clear()
+        self.resident.clear()
+        self.compute.clear()
 
     def homes(self, scheduler: int) -> SchedulerHomes:
         """The lowering's view for plans of one scheduler."""

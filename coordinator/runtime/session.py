@@ -142,6 +142,11 @@ class Session:
             self.memory.fit_compute(number, scheduler.buffer_sizes)
         self.evaluator = Evaluator(fleet, self.memory, self.schedulers)
 
+    def close(self) -> None:
+        """Give the workers' memory back; the fleet can open another session then."""
+        self.evaluator.drop()
+        self.memory.release()
+
     def _vision_graph(self) -> Graph:
         vision = self.params.vision
         assert vision is not None

@@ -21,6 +21,9 @@ MAX_FREE = 256
 NOWHERE = -1
 """Buffer number of a tensor that the allocator does not place: a view, or allocated before the graph."""
 
+VIEWED = -2
+"""Buffer number of a view that lies in its root's memory."""
+
 INPLACE_OPS = frozenset({
     Op.FILL, Op.SCALE, Op.DIAG_MASK_ZERO, Op.DIAG_MASK_INF, Op.ADD, Op.ADD_ID, Op.ADD1, Op.SUB, Op.MUL, Op.DIV,
     Op.SQR, Op.SQRT, Op.LOG, Op.UNARY, Op.ROPE, Op.ROPE_BACK, Op.SILU_BACK, Op.RMS_NORM, Op.RMS_NORM_BACK,
@@ -33,7 +36,6 @@ _CAN_INPLACE[list(INPLACE_OPS)] = True
 
 _INPUT, _OUTPUT = int(Flag.INPUT), int(Flag.OUTPUT)
 _NONE = int(Op.NONE)
-_OUT_OF_BLOCKS = -2
 
 
 class Tasks(NamedTuple):
@@ -149,6 +151,12 @@ def _arrange_leafs(g: GraphArrays, d: DeviceTable, backend: I64, s: SplitArrays,
         m += 1
 
 
+def homeless_leaf(tasks: Tasks) -> int:
+    """A leaf that needs a place but was assigned to no device, or -1."""
+    found = (tasks.leaf_buft == NOWHERE) & ~tasks.outside[tasks.leaf] & (tasks.view_src[tasks.leaf] < 0)
+    return int(tasks.leaf[found.argmax()]) if found.any() else -1
+
+
 def reserve(g: GraphArrays, d: DeviceTable, tasks: Tasks, n_bufts: int) -> tuple[Places, list[tuple[int, ...]]]:
     """Plan all places from scratch; returns them and the bytes needed of each chunk of each buffer type.
 
@@ -214,16 +222,24 @@ def take_places(tasks: Tasks, old: Tasks, reserved: Places, places: Places) -> N
     for i in range(tasks.leaf.size):
         _take(tasks, tasks.leaf[i], reserved, old.leaf[i], places)
     for i in range(tasks.node.size):
-        for j in range(min(tasks.node_src.shape[1], old.node_src.shape[1])):
+        for j in range(tasks.node_src.shape[1]):
             if tasks.node_src[i, j] >= 0:
-                _take(tasks, tasks.node_src[i, j], reserved, old.node_src[i, j], places)
+                before = old.node_src[i, j] if j < old.node_src.shape[1] else NOWHERE
+                _take(tasks, tasks.node_src[i, j], reserved, before, places)
         if not tasks.is_hold[i]:
             _take(tasks, tasks.node[i], reserved, old.node[i], places)
 
 
 @compiled
 def _take(tasks: Tasks, t: int, reserved: Places, before: int, places: Places) -> None:
-    if before >= 0 and places.buft[t] == NOWHERE and not tasks.outside[t] and tasks.view_src[t] < 0:
+    if places.buft[t] != NOWHERE or tasks.outside[t]:
+        return
+    root = tasks.view_src[t]
+    if root >= 0:
+        # Stays without memory when it is met before its root is placed and not again after that.
+        if tasks.outside[root] or places.buft[root] != NOWHERE:
+            places.buft[t] = VIEWED
+    elif before >= 0:
         places.buft[t] = reserved.buft[before]
         places.chunk[t] = reserved.chunk[before]
         places.offset[t] = reserved.offset[before]
@@ -287,34 +303,30 @@ def _allocate(
     if i >= 0 and _CAN_INPLACE[x.op[t]]:
         for j in range(x.node_src.shape[1]):
             p = x.node_src[i, j]
-            if p >= 0 and _can_take_over(layout, x, places, owned, children, views, t, p):
-                root = x.view_src[p] if x.view_src[p] >= 0 else p
-                owned[root] = False
-                places.buft[t] = places.buft[root]
-                places.chunk[t] = places.chunk[root]
-                places.offset[t] = places.offset[root]
-                _free_rest(d, x, heap, places, t, root)
+            if p >= 0 and _can_take_over(layout, x, owned, children, views, t, p):
+                owned[p] = False
+                places.buft[t] = places.buft[p]
+                places.chunk[t] = places.chunk[p]
+                places.offset[t] = places.offset[p]
+                _free_rest(d, x, heap, places, t, p)
                 return
     places.buft[t] = buft
     places.chunk[t], places.offset[t] = _take_block(heap, d, buft, _padded(x.nbytes[t], d.alignment[buft]))
 
 
 @compiled
-def _can_take_over(
-    layout: I64, x: Tasks, places: Places, owned: Bools, children: I64, views: I64, t: int, p: int
-) -> bool:
-    """True when node `t` is the only one that still needs `p` and has the same layout."""
-    root = x.view_src[p]
-    if not owned[root if root >= 0 else p]:
-        return False
-    if x.flags[p] & _OUTPUT or (root >= 0 and x.flags[root] & _OUTPUT):
+def _can_take_over(layout: I64, x: Tasks, owned: Bools, children: I64, views: I64, t: int, p: int) -> bool:
+    """True when node `t` is the only one that still needs `p` and has the same layout.
+
+    A view is never taken over: ggml has rules for it, but asks first whether the allocator gave the view itself
+    memory, which it never does.
+    """
+    if not owned[p] or x.flags[p] & _OUTPUT or children[p] != 1 or views[p] != 0:
         return False
     for k in range(layout.shape[1]):
         if layout[x.origin[t], k] != layout[x.origin[p], k]:
             return False
-    if children[p] != 1 or views[p] != 0:
-        return False
-    return root < 0 or (views[root] == 1 and children[root] == 0)
+    return True
 
 
 @compiled

@@ -19,9 +19,8 @@ CAUSES = ("", "usr", "1.dst", "1.vsrc", "1.inp", "1.off", "2.sup", "3.best", "3.
 )
 """Label of a cause by number; WEIGHT + k says that source k, a weight, decided."""
 
-OK, STUCK, NOBODY, LOOSE = range(4)
-"""How the passes ended: STUCK (pre-allocated where the op cannot run), NOBODY (no device supports the op), LOOSE (a
-view of a tensor that nothing places)."""
+OK, STUCK, NOBODY = range(3)
+"""How the passes ended: STUCK (pre-allocated where the op cannot run), NOBODY (no device supports the op)."""
 
 _INPUT = int(Flag.INPUT)
 _WEIGHTS = int(Usage.WEIGHTS)
@@ -46,10 +45,8 @@ def assign(graph: Graph, arrays: GraphArrays, devices: Devices, op_offload: bool
         raise PlanError(
             f"pre-allocated tensor ({tensor.name}) in a buffer ({buft}) that cannot run the operation ({tensor.op.name})"
         )
-    if end == NOBODY:
-        names = ", ".join(d.name for d in devices.devices)
-        raise PlanError(f"node {tensor.name!r}: no device supports {tensor.op.name} (devices: {names})")
-    raise PlanError(f"tensor {tensor.name!r} is a view of a tensor that is neither allocated nor part of the graph")
+    names = ", ".join(d.name for d in devices.devices)
+    raise PlanError(f"node {tensor.name!r}: no device supports {tensor.op.name} (devices: {names})")
 
 
 @compiled

@@ -364,5 +364,3 @@ def _check_view(t: Tensor, tensors: list[Tensor], where: str) -> None:
     have, need = span_nbytes(root.dtype, root.ne, root.nb), t.view_offs + span_nbytes(t.dtype, t.ne, t.nb)
     if need > have:
         raise PlanError(f"{where}: view of {root.name!r} ends at byte {need}, expected at most {have}")
-
-

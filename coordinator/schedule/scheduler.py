@@ -50,6 +50,7 @@ class Scheduler:
         self._next_copy = 0
         self._allocated = False
         self._n_splits = 0
+        self._first_backend = 0
         self._capacity = np.full(16, split.SPLIT_INPUTS, np.int64)
         self._sizes: list[tuple[int, ...] | None] = [None] * self._devices.n_compute
         self._reserved: tuple[allocate.Tasks, allocate.Places] | None = None
@@ -124,7 +125,10 @@ class Scheduler:
         missing = len(graph.nodes) + 1 - self._capacity.size
         if missing > 0:
             self._capacity = np.concatenate((self._capacity, np.full(missing, split.SPLIT_INPUTS, np.int64)))
-        parts = split.split(arrays, known.table, backend, self._capacity, self._n_copies, self._copy)
+        parts = split.split(
+            graph, arrays, known.table, backend, self._capacity, self._n_copies, self._copy, self._first_backend
+        )
+        self._first_backend = int(parts.splits[0, split.BACKEND])
         tasks = allocate.arrange(arrays, known.table, backend, parts, self._copy)
         self._n_splits = len(parts.splits)
         return _Draft(graph, arrays, backend, cause, parts, tasks)
@@ -150,6 +154,12 @@ class Scheduler:
 
     def _reserve(self, draft: _Draft) -> bool:
         """Plan the places of a graph from scratch; returns whether a buffer had to be replaced."""
+        leaf = allocate.homeless_leaf(draft.tasks)
+        if leaf >= 0:
+            name = _name(draft.graph, leaf)
+            raise PlanError(
+                f"leaf {name!r} lies in no buffer, is no input and no node reads it itself: no device has it"
+            )
         places, sizes = allocate.reserve(draft.arrays, self._devices.table, draft.tasks, self._devices.n_compute)
         replaced = False
         for k, size in enumerate(sizes):
@@ -188,20 +198,25 @@ class Scheduler:
         names = self._devices.buft_names
         rows = zip(places.buft.tolist(), places.chunk.tolist(), places.offset.tolist(), strict=True)
         out: list[Place | None] = [Place(names[b], c, o) if b >= 0 else None for b, c, o in rows]
-        visited = set(draft.graph.nodes) | set(draft.graph.leafs)
+        viewed = (places.buft == allocate.VIEWED).tolist()
         for t in draft.graph.tensors:
             root = t if t.view_src is None else draft.graph.tensors[t.view_src]
             if root.buffer is not None:
-                out[t.id] = Place(root.buffer.buft, None, None)
-            elif t.view_src is not None and t.id in visited:
+                if t.view_src is None or t.buffer is not None or viewed[t.id]:
+                    out[t.id] = Place(root.buffer.buft, None, None)
+            elif viewed[t.id]:
                 place = out[root.id]
-                if place is not None and place.offset is not None:
-                    out[t.id] = Place(place.buft, place.chunk, place.offset + t.view_offs)
+                assert place is not None
+                assert place.offset is not None
+                out[t.id] = Place(place.buft, place.chunk, place.offset + t.view_offs)
         return out
 
     def _copies(self, draft: _Draft, places: list[Place | None]) -> tuple[Copy, ...]:
         rows = zip(
-            draft.parts.copy_of.tolist(), draft.parts.copy_backend.tolist(), draft.parts.copy_index.tolist(), strict=True
+            draft.parts.copy_of.tolist(),
+            draft.parts.copy_backend.tolist(),
+            draft.parts.copy_index.tolist(),
+            strict=True,
         )
         copies = []
         for (tensor, backend, index), place in zip(rows, places, strict=True):

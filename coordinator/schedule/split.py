@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from coordinator.graph.node import Graph
 from coordinator.schedule.arrays import I64, IS_VIEW_OP, NO_BUFFER, GraphArrays, compiled
 from coordinator.schedule.assign import UNASSIGNED, reads
 from coordinator.schedule.devices import DeviceTable
@@ -48,12 +49,13 @@ class SplitArrays(NamedTuple):
 
 
 def split(
-    g: GraphArrays, d: DeviceTable, backend: I64, capacity: I64, n_copies: int, current: int
+    graph: Graph, g: GraphArrays, d: DeviceTable, backend: I64, capacity: I64, n_copies: int, current: int, stale: int
 ) -> SplitArrays:
     """Cut the nodes into splits and list the copies.
 
     `capacity` holds the length of each split's input list and outlives the graph: it is grown in place and must have
-    at least nodes + 1 entries. `current` is the copy that this evaluation uses.
+    at least nodes + 1 entries. `current` is the copy that this evaluation uses, `stale` the backend of the last
+    graph's first split: a graph of nothing but views keeps it, as in ggml.
     """
     n, width = g.src.shape
     edges = int(np.count_nonzero(g.src[g.nodes] >= 0))
@@ -65,10 +67,12 @@ def split(
     copy_id = np.full((n, d.buft.size, n_copies), -1, np.int64)
     src = g.src.copy()
     n_splits, n_inputs, n_made, n_graph_inputs, loose = _cut(
-        g, d, backend, capacity, current, splits, inputs, copies, copy_id, src, graph_inputs
+        g, d, backend, capacity, current, stale, splits, inputs, copies, copy_id, src, graph_inputs
     )
     if loose >= 0:
-        raise PlanError(f"tensor id {loose} is used but no device was found for it")
+        raise PlanError(
+            f"tensor {graph.tensors[loose].name!r} is a view of a tensor neither allocated nor part of the graph"
+        )
     return SplitArrays(
         splits[:n_splits], inputs[:n_inputs], *copies[:, :n_made], copy_id, src, graph_inputs[:n_graph_inputs]
     )
@@ -80,9 +84,7 @@ def _needs_copy(g: GraphArrays, d: DeviceTable, backend: I64, s: int, b: int) ->
 
 
 @compiled
-def _start_cause(
-    g: GraphArrays, d: DeviceTable, backend: I64, t: int, b: int, full: bool, copy_id: I64
-) -> int:
+def _start_cause(g: GraphArrays, d: DeviceTable, backend: I64, t: int, b: int, full: bool, copy_id: I64) -> int:
     """Why node `t` cannot join the running split on device `b`, which has inputs; FIRST when it can."""
     for k in range(g.src.shape[1]):
         s = g.src[t, k]
@@ -116,6 +118,7 @@ def _cut(
     backend: I64,
     capacity: I64,
     current: int,
+    stale: int,
     splits: I64,
     inputs: I64,
     copies: I64,
@@ -129,7 +132,7 @@ def _cut(
     i = 0
     while i < g.nodes.size and IS_VIEW_OP[g.op[g.nodes[i]]]:
         i += 1
-    b = backend[g.nodes[i]] if i < g.nodes.size else 0
+    b = backend[g.nodes[i]] if i < g.nodes.size else stale
     k = 0
     splits[0, BACKEND] = b
     while i < g.nodes.size:

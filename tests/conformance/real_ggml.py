@@ -50,7 +50,7 @@ class BufferTable(c.Structure):
     _fields_ = [("entries", c.c_void_p * 11)]
 
 
-NAME = c.CFUNCTYPE(c.c_char_p, c.c_void_p)
+NAME = c.CFUNCTYPE(c.c_void_p, c.c_void_p)
 ALLOC = c.CFUNCTYPE(c.c_void_p, c.c_void_p, c.c_size_t)
 SIZE = c.CFUNCTYPE(c.c_size_t, c.c_void_p)
 BOOL = c.CFUNCTYPE(c.c_bool, c.c_void_p)
@@ -58,6 +58,9 @@ INT = c.CFUNCTYPE(c.c_int, c.c_void_p)
 ASK = c.CFUNCTYPE(c.c_bool, c.c_void_p, c.c_void_p)
 ADDRESS = c.CFUNCTYPE(c.c_void_p, c.c_void_p)
 VOID = c.CFUNCTYPE(None, c.c_void_p)
+LOG = c.CFUNCTYPE(None, c.c_int, c.c_char_p, c.c_void_p)
+SILENT = LOG(lambda *_: None)
+"""Takes ggml's messages and drops them."""
 
 # Slots in the function tables, and where the tables' owners keep what follows them.
 BUFT_SLOTS, BUFT_DEVICE = 8, 6
@@ -133,6 +136,13 @@ class World:
         self.keep.append(callback)
         return c.cast(callback, c.c_void_p).value or 0
 
+    def _name(self, name: str) -> int:
+        """A callback that answers `name`."""
+        label = c.create_string_buffer(name.encode())
+        self.keep.append(label)
+        address = c.addressof(label)
+        return self._pointer(NAME(lambda _: address))
+
     def _table(self, slots: int, entries: dict[int, int]) -> int:
         table = (c.c_void_p * slots)()
         for slot, value in entries.items():
@@ -152,9 +162,8 @@ class World:
             facts = device or {}
             size = facts.get("max_size")
             host = facts.get("is_host", facts.get("type") == "cpu")
-            label = name.encode()
             entries = {
-                0: self._pointer(NAME(lambda _: label)),
+                0: self._name(name),
                 1: self._pointer(ALLOC(lambda _, size: self._alloc(name, size))),
                 2: self._pointer(SIZE(lambda _: facts.get("alignment", 32))),
                 5: self._pointer(BOOL(lambda _: bool(host))),
@@ -172,11 +181,10 @@ class World:
         return int(buffer)
 
     def _backend(self, device: dict[str, Any]) -> int:
-        label = device["name"].encode()
         refused = {int(Op[o]) for o in device.get("unsupported_ops", ())}
         wanted = {int(Op[o]) for o in device.get("offload_ops", ())}
         usable = {self.buft(b) for b in (buft_of(device), *device.get("extra_bufts", ()))}
-        name = self._pointer(NAME(lambda _: label))
+        name = self._name(device["name"])
         handle = self._table(
             DEVICE_SLOTS,
             {

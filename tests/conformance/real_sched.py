@@ -131,9 +131,7 @@ class RealScheduler:
             ],
             "alloc_nodes": ["hold" if n in is_dep else label(n) for n in alloc_nodes],
             "alloc_leafs": [label(n) for n in words(word(sched + ALLOC_LEAFS), int32(sched + ALLOC_N_LEAFS))],
-            "offsets": {
-                str(i): self._place(struct) for i, struct in zip(graph.ids, graph.structs, strict=False)
-            },
+            "offsets": {str(i): self._place(struct) for i, struct in zip(graph.ids, graph.structs, strict=False)},
             "copies": copies,
             "chunks": self.chunks(),
             "reallocated": self.world.syncs > 0,

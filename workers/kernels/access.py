@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from numba import njit
+from llvmlite import ir
+from numba import njit, types
 
 from protocol.dtypes import DType
 from workers.kernels import row
+from workers.kernels.emit import F32, I32, I64, const, load
 from workers.kernels.simd import (
     load_bf16,
     load_bf16x8,
@@ -16,8 +18,7 @@ from workers.kernels.simd import (
     load_f32,
     load_f32x8,
     load_f32x8_part,
-    load_i32,
-    load_i64,
+    make,
     store_bf16,
     store_bf16x8,
     store_bf16x8_part,
@@ -28,7 +29,10 @@ from workers.kernels.simd import (
     store_f32x8,
     store_f32x8_part,
 )
-from workers.kernels.stage import OPTIONS, Operand
+from workers.kernels.stage import Operand
+
+INNER = {"nogil": True, "error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+"""For `njit` of functions that only kernels call: no entry points for others, and no cache but the kernel's own."""
 
 SEGMENT = 1024
 """Elements of a row that a kernel takes at a time; a multiple of every block."""
@@ -62,51 +66,56 @@ def nelements(operand: Operand) -> int:
     return n0 * n1 * n2 * n3
 
 
-@njit(**OPTIONS)
-def word(r, index):
-    """A 64-bit word of the row."""
-    return load_i64(r + 8 * index)
+def _emit_word(b: ir.IRBuilder, r: ir.Value, index: ir.Value) -> ir.Value:
+    return load(b, b.add(r, b.mul(index, const(I64, 8))), I64)
 
 
-@njit(**OPTIONS)
-def float_param(r, index):
-    """A float of the op's parameters."""
-    return load_f32(r + 8 * row.PARAMS + 4 * index)
+def _emit_float_param(b: ir.IRBuilder, r: ir.Value, index: ir.Value) -> ir.Value:
+    return load(b, b.add(r, b.mul(index, const(I64, 4))), F32, 8 * row.PARAMS)
 
 
-@njit(**OPTIONS)
-def int_param(r, index):
-    """An integer of the op's parameters."""
-    return int(load_i32(r + 8 * row.PARAMS + 4 * index))
+def _emit_int_param(b: ir.IRBuilder, r: ir.Value, index: ir.Value) -> ir.Value:
+    return b.sext(load(b, b.add(r, b.mul(index, const(I64, 4))), I32, 8 * row.PARAMS), I64)
 
 
-@njit(**OPTIONS)
-def extent(r, operand, axis):
-    """ne[axis] of an operand (row.DST or one of row.SRC)."""
-    return load_i64(r + 8 * (operand + row.NE + axis))
+def _emit_extent(b: ir.IRBuilder, r: ir.Value, operand: ir.Value, axis: ir.Value) -> ir.Value:
+    return _emit_word(b, r, b.add(b.add(operand, axis), const(I64, row.NE)))
 
 
-@njit(**OPTIONS)
-def stride(r, operand, axis):
-    """nb[axis] of an operand."""
-    return load_i64(r + 8 * (operand + row.NB + axis))
+def _emit_stride(b: ir.IRBuilder, r: ir.Value, operand: ir.Value, axis: ir.Value) -> ir.Value:
+    return _emit_word(b, r, b.add(b.add(operand, axis), const(I64, row.NB)))
 
 
-@njit(**OPTIONS)
-def row_address(r, operand, i1, i2, i3):
-    """Address of a row of an operand."""
-    at = r + 8 * operand
-    nb = at + 8 * row.NB
-    return load_i64(at) + i1 * load_i64(nb + 8) + i2 * load_i64(nb + 16) + i3 * load_i64(nb + 24)
+def _emit_row_address(b: ir.IRBuilder, r: ir.Value, operand: ir.Value, *indices: ir.Value) -> ir.Value:
+    at = _emit_word(b, r, operand)
+    for axis, index in enumerate(indices, start=1):
+        at = b.add(at, b.mul(index, _emit_stride(b, r, operand, const(I64, axis))))
+    return at
 
 
-@njit(**OPTIONS)
+_LONG = types.int64
+
+word = make(_LONG, _LONG, _LONG)(_emit_word)
+"""word(r, index): a 64-bit word of the row."""
+float_param = make(types.float32, _LONG, _LONG)(_emit_float_param)
+"""float_param(r, index): a float of the op's parameters."""
+int_param = make(_LONG, _LONG, _LONG)(_emit_int_param)
+"""int_param(r, index): an integer of the op's parameters."""
+extent = make(_LONG, _LONG, _LONG, _LONG)(_emit_extent)
+"""extent(r, operand, axis): ne[axis] of an operand (row.DST or one of row.SRC)."""
+stride = make(_LONG, _LONG, _LONG, _LONG)(_emit_stride)
+"""stride(r, operand, axis): nb[axis] of an operand."""
+row_address = make(_LONG, *[_LONG] * 5)(_emit_row_address)
+"""row_address(r, operand, i1, i2, i3): address of a row of an operand."""
+
+
+@njit(**INNER)
 def share(n, ith, nth):
     """The part [first, last) of n units of work that thread `ith` of `nth` does."""
     return n * ith // nth, n * (ith + 1) // nth
 
 
-@njit(**OPTIONS)
+@njit(**INNER)
 def read_float(address, dtype):
     """One element as float32."""
     if dtype == _F32:
@@ -116,7 +125,7 @@ def read_float(address, dtype):
     return load_bf16(address)
 
 
-@njit(**OPTIONS)
+@njit(**INNER)
 def write_float(address, dtype, value):
     """One float32 as an element."""
     if dtype == _F32:
@@ -127,7 +136,7 @@ def write_float(address, dtype, value):
         store_bf16(address, value)
 
 
-@njit(**OPTIONS)
+@njit(**INNER)
 def fetch(address, step, dtype, n, scratch):
     """Address of n elements, `step` bytes apart, as contiguous float32: where they are, or a copy in `scratch`."""
     if step == 4 and dtype == _F32:
@@ -149,13 +158,13 @@ def fetch(address, step, dtype, n, scratch):
     return scratch
 
 
-@njit(**OPTIONS)
+@njit(**INNER)
 def place(address, step, dtype, scratch):
     """Where to compute a result of the layout given: in place, or in `scratch`, from where `put` takes it."""
     return address if step == 4 and dtype == _F32 else scratch
 
 
-@njit(**OPTIONS)
+@njit(**INNER)
 def put(source, address, step, dtype, n):
     """Write n contiguous float32 as elements `step` bytes apart; nothing to do where they are there already."""
     if source == address:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from numba import njit
+import numpy as np
+from llvmlite import ir
 
 from protocol.ops import GluOp, Op, UnaryOp
 from workers.kernels import row
@@ -25,22 +26,18 @@ from workers.kernels.access import (
     stride,
     word,
 )
-from workers.kernels.simd import (
-    abs_f32x8,
-    fma_f32x8,
-    load_f32x8,
-    load_f32x8_part,
-    max_f32x8,
-    min_f32x8,
-    mul_f32x8,
-    splat_f32x8,
-    sqrt_f32x8,
-    store_f32x8,
-    store_f32x8_part,
-    zero_f32x8,
-)
+from workers.kernels.emit import call, const, f32x8, fma, larger, smaller
+from workers.kernels.loops import Step, loops
 from workers.kernels.stage import Operand, Stage, kernel
-from workers.kernels.vecmath import exp8, gelu8, gelu_erf8, gelu_quick8, neg8, sigmoid8, silu8, tanh8
+from workers.kernels.vecmath import (
+    emit_exp,
+    emit_gelu,
+    emit_gelu_erf,
+    emit_gelu_quick,
+    emit_sigmoid,
+    emit_silu,
+    emit_tanh,
+)
 
 DST, A, B = row.DST, row.SRC[0], row.SRC[1]
 
@@ -52,131 +49,48 @@ _UNARY = {
 _GLU = {GluOp.REGLU, GluOp.GEGLU, GluOp.SWIGLU, GluOp.GEGLU_ERF, GluOp.GEGLU_QUICK}
 _CODES = {Op.SQR: _SQR, Op.SQRT: _SQRT, Op.SCALE: _SCALE, Op.CLAMP: _CLAMP}
 
-# numba reads globals as constants, enum members not among them
-_ABS, _NEG, _TANH, _RELU = int(UnaryOp.ABS), int(UnaryOp.NEG), int(UnaryOp.TANH), int(UnaryOp.RELU)
-_SIGMOID, _GELU, _GELU_QUICK = int(UnaryOp.SIGMOID), int(UnaryOp.GELU), int(UnaryOp.GELU_QUICK)
-_SILU, _EXP, _GELU_ERF = int(UnaryOp.SILU), int(UnaryOp.EXP), int(UnaryOp.GELU_ERF)
-_REGLU, _GEGLU, _SWIGLU, _GEGLU_ERF = int(GluOp.REGLU), int(GluOp.GEGLU), int(GluOp.SWIGLU), int(GluOp.GEGLU_ERF)
+_UNUSED = np.float32(0.0)
 
 
-@njit(nogil=True, error_model="numpy")
-def _relu8(x):
-    return max_f32x8(x, zero_f32x8())
+def _one(emit: Any) -> Step:
+    return lambda b, x, y, p, q: emit(b, x)
 
 
-@njit(nogil=True, error_model="numpy")
-def _square8(x):
-    return mul_f32x8(x, x)
+def _gate(emit: Any) -> Step:
+    return lambda b, x, y, p, q: b.fmul(emit(b, x), y)
 
 
-def _loop(function: Any) -> Any:
-    """Compiled `f(a, o, n)`: o[i] = function(a[i]) for n floats."""
-
-    @njit(nogil=True, error_model="numpy")
-    def run(a, o, n):
-        whole = n & ~7
-        for i in range(0, whole, 8):
-            store_f32x8(o + 4 * i, function(load_f32x8(a + 4 * i)))
-        rest = n - whole
-        if rest > 0:
-            store_f32x8_part(o + 4 * whole, function(load_f32x8_part(a + 4 * whole, rest)), rest)
-
-    return run
+def _emit_relu(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    return larger(b, x, const(f32x8.ir, 0.0))
 
 
-def _gated_loop(function: Any) -> Any:
-    """Compiled `f(a, b, o, n)`: o[i] = function(a[i]) * b[i] for n floats."""
-
-    @njit(nogil=True, error_model="numpy")
-    def run(a, b, o, n):
-        whole = n & ~7
-        for i in range(0, whole, 8):
-            store_f32x8(o + 4 * i, mul_f32x8(function(load_f32x8(a + 4 * i)), load_f32x8(b + 4 * i)))
-        rest = n - whole
-        if rest > 0:
-            gate = function(load_f32x8_part(a + 4 * whole, rest))
-            store_f32x8_part(o + 4 * whole, mul_f32x8(gate, load_f32x8_part(b + 4 * whole, rest)), rest)
-
-    return run
-
-
-_abs, _neg, _tanh, _relu, _sigmoid = (_loop(f) for f in (abs_f32x8, neg8, tanh8, _relu8, sigmoid8))
-_gelu, _gelu_quick, _silu, _exp, _gelu_erf = (_loop(f) for f in (gelu8, gelu_quick8, silu8, exp8, gelu_erf8))
-_sqr, _sqrt = _loop(_square8), _loop(sqrt_f32x8)
-_reglu, _geglu, _swiglu, _geglu_erf, _geglu_quick = (
-    _gated_loop(f) for f in (_relu8, gelu8, silu8, gelu_erf8, gelu_quick8)
+_apply = loops(
+    {
+        UnaryOp.ABS: _one(lambda b, x: call(b, "llvm.fabs.v8f32", f32x8.ir, [x])),
+        UnaryOp.NEG: _one(lambda b, x: b.fneg(x)),
+        UnaryOp.TANH: _one(emit_tanh),
+        UnaryOp.RELU: _one(_emit_relu),
+        UnaryOp.SIGMOID: _one(emit_sigmoid),
+        UnaryOp.GELU: _one(emit_gelu),
+        UnaryOp.GELU_QUICK: _one(emit_gelu_quick),
+        UnaryOp.GELU_ERF: _one(emit_gelu_erf),
+        UnaryOp.SILU: _one(emit_silu),
+        UnaryOp.EXP: _one(emit_exp),
+        _SQR: lambda b, x, y, p, q: b.fmul(x, x),
+        _SQRT: lambda b, x, y, p, q: call(b, "llvm.sqrt.v8f32", f32x8.ir, [x]),
+        _SCALE: lambda b, x, y, p, q: fma(b, x, p, q),
+        _CLAMP: lambda b, x, y, p, q: smaller(b, q, larger(b, p, x)),
+    }
 )
-
-
-@njit(nogil=True, error_model="numpy")
-def _scale(a, o, n, factor, bias):
-    factor8, bias8 = splat_f32x8(factor), splat_f32x8(bias)
-    whole = n & ~7
-    for i in range(0, whole, 8):
-        store_f32x8(o + 4 * i, fma_f32x8(load_f32x8(a + 4 * i), factor8, bias8))
-    rest = n - whole
-    if rest > 0:
-        store_f32x8_part(o + 4 * whole, fma_f32x8(load_f32x8_part(a + 4 * whole, rest), factor8, bias8), rest)
-
-
-@njit(nogil=True, error_model="numpy")
-def _clamp(a, o, n, low, high):
-    low8, high8 = splat_f32x8(low), splat_f32x8(high)
-    whole = n & ~7
-    for i in range(0, whole, 8):
-        store_f32x8(o + 4 * i, min_f32x8(high8, max_f32x8(low8, load_f32x8(a + 4 * i))))
-    rest = n - whole
-    if rest > 0:
-        x = load_f32x8_part(a + 4 * whole, rest)
-        store_f32x8_part(o + 4 * whole, min_f32x8(high8, max_f32x8(low8, x)), rest)
-
-
-@njit(nogil=True, error_model="numpy")
-def _apply(code, a, o, n, p0, p1):
-    """One function over n floats."""
-    if code == _SILU:
-        _silu(a, o, n)
-    elif code == _GELU_ERF:
-        _gelu_erf(a, o, n)
-    elif code == _GELU:
-        _gelu(a, o, n)
-    elif code == _GELU_QUICK:
-        _gelu_quick(a, o, n)
-    elif code == _TANH:
-        _tanh(a, o, n)
-    elif code == _SIGMOID:
-        _sigmoid(a, o, n)
-    elif code == _EXP:
-        _exp(a, o, n)
-    elif code == _RELU:
-        _relu(a, o, n)
-    elif code == _ABS:
-        _abs(a, o, n)
-    elif code == _NEG:
-        _neg(a, o, n)
-    elif code == _SQR:
-        _sqr(a, o, n)
-    elif code == _SQRT:
-        _sqrt(a, o, n)
-    elif code == _SCALE:
-        _scale(a, o, n, p0, p1)
-    else:
-        _clamp(a, o, n, p0, p1)
-
-
-@njit(nogil=True, error_model="numpy")
-def _apply_gated(code, a, b, o, n):
-    """One gated function over n floats."""
-    if code == _SWIGLU:
-        _swiglu(a, b, o, n)
-    elif code == _GEGLU:
-        _geglu(a, b, o, n)
-    elif code == _GEGLU_ERF:
-        _geglu_erf(a, b, o, n)
-    elif code == _REGLU:
-        _reglu(a, b, o, n)
-    else:
-        _geglu_quick(a, b, o, n)
+_apply_gated = loops(
+    {
+        GluOp.REGLU: _gate(_emit_relu),
+        GluOp.GEGLU: _gate(emit_gelu),
+        GluOp.SWIGLU: _gate(emit_silu),
+        GluOp.GEGLU_ERF: _gate(emit_gelu_erf),
+        GluOp.GEGLU_QUICK: _gate(emit_gelu_quick),
+    }
+)
 
 
 @kernel
@@ -198,7 +112,7 @@ def unary(r, ith, nth):
         a = fetch(row_address(r, A, i1, i2, i3) + at * a_step, a_step, a_type, n, scratch)
         target = row_address(r, DST, i1, i2, i3) + at * o_step
         o = place(target, o_step, o_type, scratch + SEGMENT_NBYTES)
-        _apply(code, a, o, n, p0, p1)
+        _apply(code, a, a, 32, o, n, p0, p1)
         put(o, target, o_step, o_type, n)
 
 
@@ -225,7 +139,7 @@ def gated(r, ith, nth):
         b = fetch(b, b_step, word(r, second + row.DTYPE), n, scratch + SEGMENT_NBYTES)
         target = row_address(r, DST, i1, i2, i3) + at * o_step
         o = place(target, o_step, o_type, scratch + 2 * SEGMENT_NBYTES)
-        _apply_gated(code, a, b, o, n)
+        _apply_gated(code, a, b, 32, o, n, _UNUSED, _UNUSED)
         put(o, target, o_step, o_type, n)
 
 

@@ -10,7 +10,7 @@ from numba import njit
 from protocol.dtypes import DType
 from protocol.ops import Op
 from workers.kernels import row
-from workers.kernels.access import dense_rows, extent, fetch, float_param, row_address, share, stride, word
+from workers.kernels.access import INNER, dense_rows, extent, fetch, float_param, row_address, share, stride, word
 from workers.kernels.attentiontiles import (
     KEYS,
     TILE_COLUMNS,
@@ -39,7 +39,7 @@ from workers.kernels.simd import (
     sum_f32x8,
     zero_f32x8,
 )
-from workers.kernels.stage import OPTIONS, Operand, Stage, kernel
+from workers.kernels.stage import Operand, Stage, kernel
 from workers.kernels.vecmath import exp8
 
 DST, Q, K, V, MASK = row.DST, row.SRC[0], row.SRC[1], row.SRC[2], row.SRC[3]
@@ -65,14 +65,14 @@ def _layout(width: int, padded: int) -> tuple[int, int, int, int]:
     return 4 * results, 4 * keys, 4 * values, -(-4 * end // 64) * 64
 
 
-@njit(**OPTIONS)
+@njit(**INNER)
 def _clear(address, n):
     """n floats, a multiple of 8, to zero."""
     for i in range(0, 4 * n, 32):
         store_f32x8(address + i, zero_f32x8())
 
 
-@njit(**OPTIONS)
+@njit(**INNER)
 def _load_queries(r, work, m0, m, group, head, batch, padded):
     """Scaled queries of rows [m0, m0 + m), zeros behind; empties results and the rows' state."""
     width, step = extent(r, Q, 0), stride(r, Q, 0)
@@ -87,14 +87,14 @@ def _load_queries(r, work, m0, m, group, head, batch, padded):
     _clear(queries + 4 * ROWS * width, ROWS * padded)
 
 
-@njit(**OPTIONS)
+@njit(**INNER)
 def _mask_row(r, m, group, head, batch, at):
     """Address of the mask of row m from key `at` on."""
     i2, i3 = (head * group + m % group) % extent(r, MASK, 2), batch % extent(r, MASK, 3)
     return row_address(r, MASK, m // group, i2, i3) + at * stride(r, MASK, 0)
 
 
-@njit(**OPTIONS)
+@njit(**INNER)
 def _open_keys(r, work, m0, m, group, head, batch, at, n):
     """First and last + 1 of the block's n keys that any of the rows may see; (0, 0) if none."""
     best = work + 4 * _OPEN
@@ -119,7 +119,7 @@ def _open_keys(r, work, m0, m, group, head, batch, at, n):
     return first, last
 
 
-@njit(**OPTIONS)
+@njit(**INNER)
 def _apply_mask(scores, mask, n):
     """scores += mask; -inf in the mask wins over anything, NaN from memory never written included."""
     low = splat_f32x8(_MINUS_INFINITY)
@@ -132,7 +132,7 @@ def _apply_mask(scores, mask, n):
         store_f32(scores + j, load_f32(scores + j) + y if y > _MINUS_INFINITY else _MINUS_INFINITY)
 
 
-@njit(**OPTIONS)
+@njit(**INNER)
 def _to_probabilities(scores, state, results, padded):
     """One row's KEYS scores to exp(score - largest so far); brings the row's sum and results up to that scale."""
     top = load_f32x8(scores)
@@ -158,7 +158,7 @@ def _to_probabilities(scores, state, results, padded):
     store_f32(state + 4 * (_SUMS - _TOPS), before + sum_f32x8(total))
 
 
-@njit(**OPTIONS)
+@njit(**INNER)
 def _block(r, work, m0, m, group, head, batch, at, n, first, last, padded, results, keys, values):
     """One block of n keys from key `at` on, of which [first, last) count, for rows [m0, m0 + m)."""
     width = extent(r, Q, 0)
@@ -186,7 +186,7 @@ def _block(r, work, m0, m, group, head, batch, at, n, first, last, padded, resul
             add_tile(p, 4 * KEYS, values + 4 * d, 4 * padded, last - first, o, 4 * padded)
 
 
-@njit(**OPTIONS)
+@njit(**INNER)
 def _store_results(r, work, m0, m, group, head, batch, padded, results):
     """Results divided by the rows' sums; zeros for a row that saw no key."""
     width = extent(r, DST, 0)

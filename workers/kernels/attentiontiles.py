@@ -10,10 +10,9 @@ from numba import njit, types
 from numba.core import cgutils
 
 from protocol.dtypes import DType
-from workers.kernels.access import read_float
+from workers.kernels.access import INNER, read_float
 from workers.kernels.emit import F32, I64, const, f32x8, fma, i16x8, load, shuffle, splat, store, widen_half
 from workers.kernels.simd import load_f16x8, load_f32x8, make, store_f32, store_f32x8, zero_f32x8
-from workers.kernels.stage import OPTIONS
 
 KEYS = 64
 """Keys in a block: the scores of a row that are in flight at a time."""
@@ -78,7 +77,7 @@ _turn_f16 = make(types.void, *[_ADDRESS] * 3)(lambda b, *values: _emit_turn(b, T
 _turn_f32 = make(types.void, *[_ADDRESS] * 3)(lambda b, *values: _emit_turn(b, False, *values))
 
 
-@njit(**OPTIONS)
+@njit(**INNER)
 def pack_keys(keys, step, dtype, n, width, panel):
     """n <= KEYS rows of `width` elements, `step` bytes apart, to panel[width][KEYS]; absent keys are zeros."""
     whole = n & ~7 if width % 8 == 0 else 0
@@ -97,7 +96,7 @@ def pack_keys(keys, step, dtype, n, width, panel):
             store_f32(panel + 4 * (d * KEYS + j), read_float(keys + j * step + d * size, dtype))
 
 
-@njit(**OPTIONS)
+@njit(**INNER)
 def pack_values(values, step, dtype, n, width, padded, panel):
     """n rows of `width` elements to panel[n][padded], zeros behind each row."""
     size = 2 if dtype == _F16 else 4
@@ -112,4 +111,3 @@ def pack_values(values, step, dtype, n, width, padded, panel):
                 store_f32x8(target + 4 * d, load_f32x8(source + 4 * d))
         for d in range(whole, padded):
             store_f32(target + 4 * d, read_float(source + size * d, dtype) if d < width else _ZERO)
-

@@ -11,6 +11,7 @@ from protocol.ops import Op
 from workers.kernels import row
 from workers.kernels.access import (
     FLOATS,
+    INNER,
     SEGMENT,
     SEGMENT_NBYTES,
     contiguous,
@@ -35,7 +36,7 @@ from workers.kernels.simd import (
     store_u16,
     store_u32,
 )
-from workers.kernels.stage import OPTIONS, Operand, Stage, kernel
+from workers.kernels.stage import Operand, Stage, kernel
 
 DST, A = row.DST, row.SRC[0]
 _F32 = int(DType.F32)
@@ -44,7 +45,7 @@ _GRAIN = 64
 """Elements: threads share the work in whole multiples, a cache line or more."""
 
 
-@njit(**OPTIONS)
+@njit(**INNER)
 def move(source, source_step, target, target_step, size, n):
     """Copy n elements of `size` (1, 2, 4 or 8) bytes, the steps in bytes from one to the next."""
     if source_step == size and target_step == size:
@@ -68,7 +69,7 @@ def move(source, source_step, target, target_step, size, n):
             store_u8(target + i * target_step, load_u8(source + i * source_step))
 
 
-@njit(**OPTIONS)
+@njit(**INNER)
 def _locate(r, operand, i, flat):
     """Address of element i in row-major order, and how many elements follow in the same row."""
     n0, step = extent(r, operand, 0), stride(r, operand, 0)
@@ -79,7 +80,7 @@ def _locate(r, operand, i, flat):
     return row_address(r, operand, i % n1, i // n1 % n2, i // (n1 * n2)) + i0 * step, n0 - i0
 
 
-@njit(**OPTIONS)
+@njit(**INNER)
 def _convert(source, a_step, a_type, target, o_step, o_type, n, scratch):
     """Copy n floats from one type to another."""
     for at in range(0, n, SEGMENT):
@@ -130,4 +131,3 @@ def stages(
         return None
     stage = copy_stage(dst, src[0], threads)
     return None if stage is None else (stage,)
-

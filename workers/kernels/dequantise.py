@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from numba import float32, int64, njit
+from numba import float32, int64, njit, types
 
 from protocol.dtypes import DType
-from workers.kernels.simd import load_f16, load_i8, load_u8, load_u32, store_f32
-from workers.kernels.stage import OPTIONS
+from workers.kernels.access import INNER
+from workers.kernels.emit import I8, I64, load
+from workers.kernels.simd import address, load_f16, load_i8, load_u32, make, store_f32
 
 TYPES = frozenset(
     {DType.Q8_0, DType.Q4_0, DType.Q4_1, DType.Q5_0, DType.Q5_1, DType.Q4_K, DType.Q5_K, DType.Q6_K}
@@ -17,20 +18,10 @@ _Q8_0, _Q4_0, _Q4_1, _Q5_0, _Q5_1 = (int(DType[name]) for name in ("Q8_0", "Q4_0
 _Q4_K, _Q5_K = int(DType.Q4_K), int(DType.Q5_K)
 
 
-@njit(**OPTIONS)
-def _byte(address):
-    return int64(load_u8(address))
+_byte = make(types.int64, address)(lambda b, where: b.zext(load(b, where, I8), I64))
 
 
-@njit(**OPTIONS)
-def _q8_0(block, out):
-    """d f16 | 32 x i8."""
-    d = load_f16(block)
-    for j in range(32):
-        store_f32(out + 4 * j, float32(load_i8(block + 2 + j)) * d)
-
-
-@njit(**OPTIONS)
+@njit(**INNER)
 def _four_bits(out, quants, fifth, d, m, zero):
     """32 values (q - zero) * d + m: 16 bytes at `quants` of two nibbles each, fifth bits in `fifth`."""
     for j in range(16):
@@ -41,7 +32,7 @@ def _four_bits(out, quants, fifth, d, m, zero):
         store_f32(out + 4 * j + 64, float32(high - zero) * d + m)
 
 
-@njit(**OPTIONS)
+@njit(**INNER)
 def _scale_and_min(scales, k):
     """The k-th of eight pairs of six bits in twelve bytes."""
     if k < 4:
@@ -51,7 +42,7 @@ def _scale_and_min(scales, k):
     return scale, (shared >> 4) | (_byte(scales + k) >> 6) << 4
 
 
-@njit(**OPTIONS)
+@njit(**INNER)
 def _q45_k(block, out, five):
     """d f16 | dmin f16 | 12 bytes of scales | (five) 32 bytes of fifth bits | 128 bytes of nibbles."""
     d, dmin = load_f16(block), load_f16(block + 2)
@@ -62,12 +53,12 @@ def _q45_k(block, out, five):
         factor, offset = d * float32(scale), dmin * float32(minimum)
         for j in range(32):
             q = (_byte(quants + 32 * (k >> 1) + j) >> (4 * (k & 1))) & 15
-            if five:
+            if five == 1:
                 q |= ((_byte(high + j) >> k) & 1) << 4
             store_f32(out + 4 * (32 * k + j), factor * float32(q) - offset)
 
 
-@njit(**OPTIONS)
+@njit(**INNER)
 def _q6_k(block, out):
     """128 bytes of lower nibbles | 64 bytes of upper two bits | 16 x i8 scales | d f16."""
     d = load_f16(block + 208)
@@ -79,7 +70,7 @@ def _q6_k(block, out):
         store_f32(out + 4 * i, scale * float32((low | high << 4) - 32))
 
 
-@njit(**OPTIONS)
+@njit(**INNER)
 def dequantise(dtype, blocks, n, out):
     """n values (a multiple of the block) from consecutive blocks to floats at `out`."""
     none = float32(0.0)
@@ -89,7 +80,9 @@ def dequantise(dtype, blocks, n, out):
             _q45_k(blocks + (144 + 32 * five) * i, out + 1024 * i, five)
     elif dtype == _Q8_0:
         for i in range(n // 32):
-            _q8_0(blocks + 34 * i, out + 128 * i)
+            d = load_f16(blocks + 34 * i)
+            for j in range(32):
+                store_f32(out + 4 * (32 * i + j), float32(load_i8(blocks + 34 * i + 2 + j)) * d)
     elif dtype == _Q4_0:
         for i in range(n // 32):
             b = blocks + 18 * i

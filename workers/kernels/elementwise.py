@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
+import numpy as np
 from numba import njit
 
 from protocol.ops import Op
 from workers.kernels import row
 from workers.kernels.access import (
     FLOATS,
+    INNER,
     SEGMENT,
     SEGMENT_NBYTES,
     contiguous,
@@ -25,50 +26,31 @@ from workers.kernels.access import (
     stride,
     word,
 )
-from workers.kernels.simd import (
-    add_f32x8,
-    div_f32x8,
-    load_f32x8,
-    load_f32x8_part,
-    mul_f32x8,
-    splat_f32x8,
-    store_f32,
-    store_f32x8,
-    store_f32x8_part,
-    sub_f32x8,
-)
-from workers.kernels.stage import OPTIONS, Operand, Stage, kernel
+from workers.kernels.loops import loops
+from workers.kernels.simd import splat_f32x8, store_f32, store_f32x8
+from workers.kernels.stage import Operand, Stage, kernel
 
 _CODES = {Op.ADD: 0, Op.SUB: 1, Op.MUL: 2, Op.DIV: 3}
 _SPLAT, _DIRECT, _REPEAT = 0, 1, 2
 """How a row of the second operand covers one of the first: one value, as long, or several times."""
 
+_UNUSED = np.float32(0.0)
 _SCRATCH = 3 * SEGMENT_NBYTES
 
 DST, A, B = row.DST, row.SRC[0], row.SRC[1]
 
 
-def _loop(combine: Any) -> Any:
-    """Compiled `f(a, b, step, o, n)`: n floats each; b moves on `step` bytes per vector, 0 for a splat value."""
-
-    @njit(nogil=True, error_model="numpy")
-    def run(a, b, step, o, n):
-        whole = n & ~7
-        for i in range(0, whole, 8):
-            store_f32x8(o + 4 * i, combine(load_f32x8(a + 4 * i), load_f32x8(b)))
-            b += step
-        rest = n - whole
-        if rest > 0:
-            second = load_f32x8_part(b, rest) if step != 0 else load_f32x8(b)
-            store_f32x8_part(o + 4 * whole, combine(load_f32x8_part(a + 4 * whole, rest), second), rest)
-
-    return run
+_combine = loops(
+    {
+        _CODES[Op.ADD]: lambda b, x, y, p, q: b.fadd(x, y),
+        _CODES[Op.SUB]: lambda b, x, y, p, q: b.fsub(x, y),
+        _CODES[Op.MUL]: lambda b, x, y, p, q: b.fmul(x, y),
+        _CODES[Op.DIV]: lambda b, x, y, p, q: b.fdiv(x, y),
+    }
+)
 
 
-_add, _sub, _mul, _div = _loop(add_f32x8), _loop(sub_f32x8), _loop(mul_f32x8), _loop(div_f32x8)
-
-
-@njit(**OPTIONS)
+@njit(**INNER)
 def _fetch_second(r, i1, i2, i3, at, n, mode, scratch):
     """The piece [at, at + n) of the second operand's row, as the loops want it."""
     base = row_address(r, B, i1 % extent(r, B, 1), i2 % extent(r, B, 2), i3 % extent(r, B, 3))
@@ -105,14 +87,7 @@ def binary(r, ith, nth):
         b = _fetch_second(r, i1, i2, i3, at, n, mode, scratch + SEGMENT_NBYTES)
         target = row_address(r, DST, i1, i2, i3) + at * o_step
         o = place(target, o_step, o_type, scratch + 2 * SEGMENT_NBYTES)
-        if code == 0:
-            _add(a, b, b_step, o, n)
-        elif code == 1:
-            _sub(a, b, b_step, o, n)
-        elif code == 2:
-            _mul(a, b, b_step, o, n)
-        else:
-            _div(a, b, b_step, o, n)
+        _combine(code, a, b, b_step, o, n, _UNUSED, _UNUSED)
         put(o, target, o_step, o_type, n)
 
 

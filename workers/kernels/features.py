@@ -17,8 +17,8 @@ KNOWN = ("avx2", "fma", "f16c")
 """Features that kernels have special code for. `CROSSDOCK_DISABLE=avx2,f16c` does without; results stay the same."""
 
 _INLINED = (
-    "access.py", "emit.py", "features.py", "matformats.py", "mattiles.py", "quantize_rows.py", "row.py", "simd.py",
-    "stage.py", "vecmath.py",
+    "access.py", "attentiontiles.py", "copy.py", "dequantise.py", "emit.py", "features.py", "loops.py",
+    "matformats.py", "mattiles.py", "quantize_rows.py", "row.py", "simd.py", "stage.py", "vecmath.py",
 )  # fmt: skip
 """Modules whose code is compiled into kernels of other modules: numba notices a change only in a kernel's own file."""
 

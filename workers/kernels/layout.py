@@ -12,6 +12,7 @@ from protocol.ops import Op
 from workers.kernels import row
 from workers.kernels.access import (
     FLOATS,
+    INNER,
     dense_rows,
     extent,
     int_param,
@@ -33,7 +34,7 @@ from workers.kernels.simd import (
     store_u8,
     store_u32,
 )
-from workers.kernels.stage import OPTIONS, Operand, Stage, kernel
+from workers.kernels.stage import Operand, Stage, kernel
 
 DST, A, B = row.DST, row.SRC[0], row.SRC[1]
 
@@ -41,7 +42,7 @@ _ZERO = np.float32(0.0)
 _MOVABLE = frozenset({DType.F32, DType.F16, DType.BF16, DType.I32})
 
 
-@njit(**OPTIONS)
+@njit(**INNER)
 def _clear(target, step, size, n):
     """Write n zeros of `size` bytes."""
     for i in range(n):
@@ -126,7 +127,7 @@ def acc(r, ith, nth):
             at += 1
 
 
-@njit(**OPTIONS)
+@njit(**INNER)
 def _patch_row(r, image, x, y, o, width):
     """One channel's window at (x, y), kernel rows one after the other; outside of the image are zeros."""
     kw, kh = extent(r, A, 0), extent(r, A, 1)

@@ -35,6 +35,7 @@ from workers.kernels.emit import (
     load,
     multiply_bytes,
     multiply_shorts,
+    prefetch_line,
     shuffle,
     splat,
     store,
@@ -45,6 +46,11 @@ from workers.kernels.matformats import FORMATS, Format, unpack_quants, unpack_sc
 
 ROWS, COLUMNS = 8, 4
 """Of a tile."""
+
+STRIP = 32
+"""Blocks of eight rows whose exact sums are kept before they are added up: 16 KB at most."""
+AHEAD_NBYTES = 2048
+"""How far ahead weights are asked for."""
 
 Values = list[ir.Value]
 
@@ -147,6 +153,23 @@ def _accumulate(
 # --- eight rows where they lie, one column
 
 
+class _Strip:
+    """Memory for the exact sums and scales of a strip of blocks of eight rows: tables [block][row]."""
+
+    def __init__(self, b: ir.IRBuilder, form: Format) -> None:
+        def table(kind: ir.Type) -> ir.Value:
+            return cgutils.alloca_once(b, ir.ArrayType(ir.ArrayType(kind, ROWS), STRIP))
+
+        self.exact = table(i16x16.ir if _in_shorts(form) else i32x8.ir)
+        self.other = table(i32x8.ir) if form.subs else None
+        self.scales = [(table(I16), at) for at in (form.scale, form.floor) if at >= 0]
+
+
+def _in_shorts(form: Format) -> bool:
+    """True where the 32 products of a block fit into the two shorts that a row keeps when rows are reduced."""
+    return form.span == 8 and not form.subs
+
+
 def _dot_rows(
     b: ir.IRBuilder,
     form: Format,
@@ -157,51 +180,69 @@ def _dot_rows(
     k: ir.Value,
     out: ir.Value,
 ) -> None:
+    """Row after row through a strip of blocks, for the sake of the memory's prefetcher; then block after block."""
     blocks = b.udiv(k, const(I64, form.block))
     total = cgutils.alloca_once_value(b, const(f32x8.ir, 0.0))
-    rows = [clamped_row(b, w, const(I64, r), stride, count) for r in range(ROWS)]
-    with cgutils.for_range(b, blocks) as loop:
-        offset = b.mul(loop.index, const(I64, form.nbytes))
-        here = [b.add(row, offset) for row in rows]
-        column = _Column(b, form, y, k, loop.index, blocks)
-        exact, other = (_super_rows if form.subs else _plain_rows)(b, form, here, column)
-        scales = [_gather_halves(b, here, at) for at in (form.scale, form.floor) if at >= 0]
-        b.store(_accumulate(b, form, b.load(total), exact, other, scales, column), total)
+    strip = _Strip(b, form)
+    with cgutils.for_range_slice(b, const(I64, 0), blocks, const(I64, STRIP), I64) as (start, _):
+        left = b.sub(blocks, start)
+        length = b.select(b.icmp_signed("<", left, const(I64, STRIP)), left, const(I64, STRIP))
+        with cgutils.for_range(b, const(I64, ROWS)) as rows:
+            line = b.add(clamped_row(b, w, rows.index, stride, count), b.mul(start, const(I64, form.nbytes)))
+            with cgutils.for_range(b, length) as loop:
+                column = _Column(b, form, y, k, b.add(start, loop.index), blocks)
+                here = b.add(line, b.mul(loop.index, const(I64, form.nbytes)))
+                _row_sums(b, form, here, column, strip, [loop.index, rows.index])
+        with cgutils.for_range(b, length) as loop:
+            column = _Column(b, form, y, k, b.add(start, loop.index), blocks)
+            exact, other, scales = _strip_sums(b, form, strip, loop.index)
+            b.store(_accumulate(b, form, b.load(total), exact, other, scales, column), total)
     store_rows(b, b.load(total), out, count)
 
 
-def _plain_rows(b: ir.IRBuilder, form: Format, rows: Values, column: _Column) -> tuple[ir.Value, None]:
-    """Integer sums of a block of 32 for eight rows."""
-    y = load(b, column.quants, i8x32.ir)
-    ones = const(i16x16.ir, 1)
-    products = [_multiply(b, form, unpack_quants(b, form, row)[0], y) for row in rows]
-    if form.span == 8:  # all 32 products fit into the two shorts that a row keeps
-        return multiply_shorts(b, reduce_rows(b, products), ones), None
-    return reduce_rows(b, [multiply_shorts(b, p, ones) for p in products]), None
-
-
-def _super_rows(b: ir.IRBuilder, form: Format, rows: Values, column: _Column) -> tuple[ir.Value, ir.Value]:
-    """Integer sums of a block of 256 for eight rows: scaled quants, and factors times sums of activations."""
-    table = ir.ArrayType(i32x8.ir, ROWS)
-    exact, other = cgutils.alloca_once(b, table), cgutils.alloca_once(b, table)
-    addresses = cgutils.alloca_once(b, ir.ArrayType(I64, ROWS))
-    for r, row in enumerate(rows):
-        b.store(row, cgutils.gep_inbounds(b, addresses, 0, r))
-    with cgutils.for_range(b, const(I64, ROWS)) as loop:
-        row = b.load(cgutils.gep_inbounds(b, addresses, 0, loop.index))
-        scales = unpack_scales(b, form, row)
-        total: ir.Value = const(i32x8.ir, 0)
-        for chunk, quants in enumerate(unpack_quants(b, form, row)):
-            product = _multiply(b, form, quants, load(b, column.quants, i8x32.ir, 32 * chunk))
+def _row_sums(b: ir.IRBuilder, form: Format, row: ir.Value, column: _Column, strip: _Strip, at: Values) -> None:
+    """Exact sums of one block of one row, not yet across lanes, and its scales, into the strip."""
+    for line in range(0, form.nbytes if AHEAD_NBYTES else 0, 64):
+        prefetch_line(b, row, AHEAD_NBYTES + line)
+    products = [
+        _multiply(b, form, quants, load(b, column.quants, i8x32.ir, 32 * chunk))
+        for chunk, quants in enumerate(unpack_quants(b, form, row))
+    ]
+    exact = products[0]
+    if form.subs:
+        small = unpack_scales(b, form, row)
+        exact = const(i32x8.ir, 0)
+        for chunk, product in enumerate(products):
             lanes = [chunk] * 16 if form.subs == 8 else [2 * chunk] * 8 + [2 * chunk + 1] * 8
-            total = b.add(total, multiply_shorts(b, product, shuffle(b, scales, None, lanes)))
-        b.store(total, cgutils.gep_inbounds(b, exact, 0, loop.index))
+            exact = b.add(exact, multiply_shorts(b, product, shuffle(b, small, None, lanes)))
         if form.subs == 8:
-            scales = shuffle(b, scales, None, [8 + i // 2 for i in range(16)])
-        sums = multiply_shorts(b, scales, load(b, column.sums, i16x16.ir))
-        b.store(sums, cgutils.gep_inbounds(b, other, 0, loop.index))
-    both = [[b.load(cgutils.gep_inbounds(b, t, 0, r)) for r in range(ROWS)] for t in (exact, other)]
-    return reduce_rows(b, both[0]), reduce_rows(b, both[1])
+            small = shuffle(b, small, None, [8 + i // 2 for i in range(16)])
+        other = multiply_shorts(b, small, load(b, column.sums, i16x16.ir))
+        b.store(other, cgutils.gep_inbounds(b, strip.other, 0, *at))
+    elif not _in_shorts(form):
+        exact = multiply_shorts(b, exact, const(i16x16.ir, 1))
+    b.store(exact, cgutils.gep_inbounds(b, strip.exact, 0, *at))
+    for table, offset in strip.scales:
+        b.store(load(b, row, I16, offset), cgutils.gep_inbounds(b, table, 0, *at))
+
+
+def _strip_sums(
+    b: ir.IRBuilder, form: Format, strip: _Strip, index: ir.Value
+) -> tuple[ir.Value, ir.Value | None, Values]:
+    """One block of eight rows from the strip: lane r belongs to row r."""
+
+    def lanes(table: ir.Value) -> ir.Value:
+        return reduce_rows(b, [b.load(cgutils.gep_inbounds(b, table, 0, index, r)) for r in range(ROWS)])
+
+    exact = lanes(strip.exact)
+    if _in_shorts(form):
+        exact = multiply_shorts(b, exact, const(i16x16.ir, 1))
+    other = lanes(strip.other) if form.subs else None
+    halves = []
+    for table, _ in strip.scales:
+        first = b.bitcast(cgutils.gep_inbounds(b, table, 0, index, 0), i16x8.ir.as_pointer())
+        halves.append(widen_half(b, b.load(first, align=2)))
+    return exact, other, halves
 
 
 def store_rows(b: ir.IRBuilder, v: ir.Value, out: ir.Value, count: ir.Value) -> None:

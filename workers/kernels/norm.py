@@ -10,7 +10,7 @@ from numba import float32, float64, njit
 from protocol.dtypes import DType
 from protocol.ops import Op
 from workers.kernels import row
-from workers.kernels.access import dense_rows, extent, float_param, nelements, row_address, share, word
+from workers.kernels.access import INNER, dense_rows, extent, float_param, nelements, row_address, share, word
 from workers.kernels.simd import (
     add_f32x8,
     fma_f32x8,
@@ -26,12 +26,12 @@ from workers.kernels.simd import (
     sum_f32x8,
     zero_f32x8,
 )
-from workers.kernels.stage import OPTIONS, Operand, Stage, kernel
+from workers.kernels.stage import Operand, Stage, kernel
 
 DST, A = row.DST, row.SRC[0]
 
 
-@njit(**OPTIONS)
+@njit(**INNER)
 def _sum(a, n):
     """Sum of n floats in 32 lanes."""
     s0, s1, s2, s3 = zero_f32x8(), zero_f32x8(), zero_f32x8(), zero_f32x8()
@@ -50,7 +50,7 @@ def _sum(a, n):
     return sum_f32x8(add_f32x8(add_f32x8(s0, s1), add_f32x8(s2, s3)))
 
 
-@njit(**OPTIONS)
+@njit(**INNER)
 def _sum_squares(a, n, mean):
     """Sum of (a[i] - mean)**2 in 32 lanes."""
     m = splat_f32x8(mean)
@@ -73,7 +73,7 @@ def _sum_squares(a, n, mean):
     return total
 
 
-@njit(**OPTIONS)
+@njit(**INNER)
 def _shift_scale(a, o, n, mean, factor):
     """o[i] = (a[i] - mean) * factor."""
     m, f = splat_f32x8(mean), splat_f32x8(factor)

@@ -11,6 +11,7 @@ from protocol.dtypes import DType
 from protocol.ops import Op
 from workers.kernels import row
 from workers.kernels.access import (
+    INNER,
     contiguous,
     dense_rows,
     extent,
@@ -33,7 +34,7 @@ from workers.kernels.simd import (
     store_f32x8,
     store_f32x8_part,
 )
-from workers.kernels.stage import OPTIONS, Operand, Stage, kernel
+from workers.kernels.stage import Operand, Stage, kernel
 from workers.kernels.vecmath import neg8, swap_pairs8
 
 DST, A, POSITIONS, FACTORS = row.DST, row.SRC[0], row.SRC[1], row.SRC[2]
@@ -41,7 +42,7 @@ _NEOX = 2
 _MODES = (0, _NEOX)
 
 
-@njit(**OPTIONS)
+@njit(**INNER)
 def _angles(r, position, n_dims, mode, cos, sin):
     """Fill the tables of a position, in float64 but for the result.
 
@@ -69,7 +70,7 @@ def _angles(r, position, n_dims, mode, cos, sin):
         frequency *= step
 
 
-@njit(**OPTIONS)
+@njit(**INNER)
 def _rotate_neighbours(a, o, n, cos, sin):
     """Pairs (2i, 2i + 1)."""
     whole = n & ~7
@@ -84,7 +85,7 @@ def _rotate_neighbours(a, o, n, cos, sin):
         store_f32x8_part(o + i, fma_f32x8(x, load_f32x8_part(cos + i, rest), turned), rest)
 
 
-@njit(**OPTIONS)
+@njit(**INNER)
 def _rotate_halves(a, o, half, cos, sin):
     """Pairs (i, i + half)."""
     far = 4 * half

@@ -12,6 +12,7 @@ from protocol.ops import Op
 from workers.kernels import row
 from workers.kernels.access import (
     FLOATS,
+    INNER,
     SEGMENT,
     dense_rows,
     extent,
@@ -26,7 +27,7 @@ from workers.kernels.access import (
 from workers.kernels.copy import move
 from workers.kernels.dequantise import TYPES, dequantise
 from workers.kernels.simd import load_i32, load_i64, store_f32
-from workers.kernels.stage import OPTIONS, Operand, Stage, kernel
+from workers.kernels.stage import Operand, Stage, kernel
 
 DST, A, INDEX = row.DST, row.SRC[0], row.SRC[1]
 _I32, _F32 = int(DType.I32), int(DType.F32)
@@ -37,7 +38,7 @@ _STRIPE = 64
 """Columns that SET_ROWS gives to a thread at a time."""
 
 
-@njit(**OPTIONS)
+@njit(**INNER)
 def _index(r, i, j, k):
     """An element of the indices."""
     at = row_address(r, INDEX, j, k, 0) + i * stride(r, INDEX, 0)

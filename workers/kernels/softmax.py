@@ -11,6 +11,7 @@ from protocol.dtypes import DType
 from protocol.ops import Op
 from workers.kernels import row
 from workers.kernels.access import (
+    INNER,
     SEGMENT,
     SEGMENT_NBYTES,
     dense_rows,
@@ -40,14 +41,14 @@ from workers.kernels.simd import (
     sum_f32x8,
     zero_f32x8,
 )
-from workers.kernels.stage import OPTIONS, Operand, Stage, kernel
+from workers.kernels.stage import Operand, Stage, kernel
 from workers.kernels.vecmath import exp8
 
 DST, A, MASK = row.DST, row.SRC[0], row.SRC[1]
 _MINUS_INFINITY = np.float32(-np.inf)
 
 
-@njit(**OPTIONS)
+@njit(**INNER)
 def _scaled(a, mask, o, n, scale, top):
     """o[i] = a[i] * scale + mask[i] (no mask: address 0); returns the larger of `top` and each lane's largest."""
     factor = splat_f32x8(scale)
@@ -67,7 +68,7 @@ def _scaled(a, mask, o, n, scale, top):
     return top
 
 
-@njit(**OPTIONS)
+@njit(**INNER)
 def _exponentials(o, n, top):
     """o[i] = exp(o[i] - top); returns their sum."""
     t = splat_f32x8(top)
@@ -93,7 +94,7 @@ def _exponentials(o, n, top):
     return sum_f32x8(add_f32x8(s0, s1))
 
 
-@njit(**OPTIONS)
+@njit(**INNER)
 def _times(o, n, factor):
     f = splat_f32x8(factor)
     whole = n & ~7

@@ -34,9 +34,7 @@ FAMILIES: dict[Op, Family] = {
 """Op -> the family that may have kernels for it."""
 
 
-def find(
-    op: Op, dst: Operand, src: Sequence[Operand | None], params: Params, threads: int
-) -> tuple[Stage, ...] | None:
+def find(op: Op, dst: Operand, src: Sequence[Operand | None], params: Params, threads: int) -> tuple[Stage, ...] | None:
     """The stages that compute an op on operands of these types, shapes and strides, or None."""
     family = FAMILIES.get(op)
     return None if family is None else family(op, dst, src, params, threads)

@@ -11,6 +11,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from workers.kernels import row
+from workers.kernels.access import INNER
 from workers.kernels.stage import OPTIONS
 
 _I32 = ir.IntType(32)
@@ -113,7 +114,7 @@ def call_kernel(typingctx, kernel, row_address, ith, nth):
     return types.void(_LONG, _LONG, _LONG, _LONG), codegen
 
 
-@njit(**OPTIONS)
+@njit(**INNER)
 def _sleep(address, seen, sleepers, futex):
     """Sleep until the word at `address` is no longer `seen`; `sleepers` counts who has to be woken."""
     if futex == 0:
@@ -126,13 +127,13 @@ def _sleep(address, seen, sleepers, futex):
     add_i32(sleepers, -1)
 
 
-@njit(**OPTIONS)
+@njit(**INNER)
 def _wake(address, sleepers, futex):
     if futex != 0 and load_i32(sleepers) > 0:
         _syscall(futex, address, _WAKE, 0x7FFFFFFF, 0, 0, 0)
 
 
-@njit(**OPTIONS)
+@njit(**INNER)
 def _await_change(address, seen, sleepers, futex):
     """Poll for a while, then sleep, until the word at `address` is no longer `seen`."""
     for _ in range(SPINS):
@@ -142,7 +143,7 @@ def _await_change(address, seen, sleepers, futex):
     _sleep(address, seen, sleepers, futex)
 
 
-@njit(**OPTIONS)
+@njit(**INNER)
 def barrier(control, nth, futex):
     """Return when all `nth` threads have called."""
     phase = load_i32(control + 4 * PHASE)
@@ -154,7 +155,7 @@ def barrier(control, nth, futex):
         _await_change(control + 4 * PHASE, phase, control + 4 * ASLEEP, futex)
 
 
-@njit(**OPTIONS)
+@njit(**INNER)
 def walk(table, first, last, ith, nth, control, futex):
     """Run rows [first, last) as thread `ith` of `nth`."""
     for i in range(first, last):
