@@ -21,7 +21,7 @@ MAX_STEPS: Final = 200_000  # loop passes and calls in all
 _FILTERS: Final = (
     "capitalize", "count", "d", "default", "dictsort", "e", "escape", "first", "float", "int", "items", "last",
     "length", "list", "lower", "map", "max", "min", "reject", "rejectattr", "reverse", "round", "safe", "select",
-    "selectattr", "sort", "sum", "title", "trim", "unique", "upper",
+    "selectattr", "sort", "title", "trim", "unique", "upper",
 )  # fmt: skip
 _STRING_METHODS: Final = frozenset({
     "capitalize", "count", "endswith", "find", "index", "isalnum", "isalpha", "isdigit", "islower", "isspace",
@@ -55,6 +55,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.globals = {
             "range": self._range, "namespace": self.globals["namespace"], "dict": dict, "raise_exception": _refuse,
             "strftime_now": self._strftime, "_concat": self._concat, "_each": self._each,
+            "_sized": self._sized,
         }  # fmt: skip
 
     def render(self, source: str, variables: dict[str, Any]) -> str:
@@ -70,6 +71,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
                 raise SecurityError(f"more than {MAX_OUTPUT:,} characters of output")
             pieces.append(piece)
         return "".join(pieces)
+
+    def wrap_str_format(self, value: Any) -> None:
+        """No `format`: its field widths build what no limit sees."""
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         """Strings keep the methods that templates need and lose those that pad or format."""
@@ -112,6 +116,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
                 stack += [*item.keys(), *item.values()]
             elif isinstance(item, (list, tuple)):
                 stack += item
+        self._spend(total // 1000)  # looking at it takes time too
         return total
 
     def _emit(self, value: Any) -> Any:
@@ -125,6 +130,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
         items = list(islice(values, self._steps + 1))
         self._spend(len(items))
         return items
+
+    def _sized(self, value: Any) -> Any:
+        self._measure(value)
+        return value
 
     def _concat(self, *values: Any) -> str:
         self._measure(list(values))
@@ -184,7 +193,7 @@ def _small(left: Any, right: Any, operator: str) -> bool:
 
 
 class _Counted(NodeTransformer):
-    """Wraps what loops run over in `_each` and what `~` joins in `_concat`."""
+    """Wraps what loops run over in `_each`, what `~` joins in `_concat` and what is compared in `_sized`."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:  # noqa: N802
         self.generic_visit(node)
@@ -194,6 +203,13 @@ class _Counted(NodeTransformer):
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802
         self.generic_visit(node)
         return _call("_concat", list(node.nodes), node.lineno)
+
+    def visit_Compare(self, node: nodes.Compare) -> nodes.Node:  # noqa: N802
+        self.generic_visit(node)
+        node.expr = _call("_sized", [node.expr], node.lineno)
+        for operand in node.ops:
+            operand.expr = _call("_sized", [operand.expr], node.lineno)
+        return node
 
 
 def _call(name: str, arguments: list[Any], lineno: int) -> nodes.Call:

@@ -214,8 +214,8 @@ def _fresh_file(out_path: Path) -> Iterator[Path]:
         raise ModelError(f"{out_path}: cannot be written: {error.strerror}") from None
     temporary = Path(name)
     try:
-        os.fchmod(handle, 0o644)
         os.close(handle)
+        temporary.chmod(0o644)
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())

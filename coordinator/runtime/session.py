@@ -24,6 +24,7 @@ from coordinator.schedule.lower import Home, Keep
 from coordinator.schedule.placement import Placement, PlacementOptions, plan_placement
 from coordinator.schedule.plan import Device
 from coordinator.schedule.scheduler import Scheduler
+from protocol import messages as m
 from protocol.dtypes import DType
 from protocol.errors import CapacityError, UsageError
 
@@ -146,6 +147,13 @@ class Session:
         """Give the workers' memory back; the fleet can open another session then."""
         self.evaluator.drop()
         self.memory.release()
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a resident tensor (a cache, or the kept `cross_states`) as they are now."""
+        key = (name, self.placement(name).buft)
+        home, tensor = self.memory.resident[key], self.residents[key]
+        answer = self.fleet.request(home.worker, m.Read(home.arena, home.offset, tensor.nbytes))
+        return bytes(answer.buffers[0])
 
     def _vision_graph(self) -> Graph:
         vision = self.params.vision

@@ -6,20 +6,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from coordinator.schedule.arrays import I64, N_OPS, NO_BUFFER, Bools, GraphArrays, compiled
-from coordinator.schedule.devices import UNLIMITED, DeviceTable
-from coordinator.schedule.split import BACKEND, END, FIRST_INPUT, N_INPUTS, START, SplitArrays
+from coordinator.schedule.arrays import I64, N_OPS, Bools, GraphArrays, compiled, helper
+from coordinator.schedule.chunks import MAX_FREE, Heap, free_block, new_heap, padded, take_block
+from coordinator.schedule.devices import DeviceTable
+from coordinator.schedule.tasks import NOWHERE, Tasks
 from protocol.errors import CapacityError
 from protocol.ops import Flag, Op
-
-MAX_CHUNKS = 16
-"""ggml's GGML_VBUFFER_MAX_CHUNKS; the last one is unlimited."""
-
-MAX_FREE = 256
-"""ggml's MAX_FREE_BLOCKS per chunk."""
-
-NOWHERE = -1
-"""Buffer number of a tensor that the allocator does not place: a view, or allocated before the graph."""
 
 VIEWED = -2
 """Buffer number of a view that lies in its root's memory."""
@@ -38,38 +30,6 @@ _INPUT, _OUTPUT = int(Flag.INPUT), int(Flag.OUTPUT)
 _NONE = int(Op.NONE)
 
 
-class Tasks(NamedTuple):
-    """The graph as the allocator walks it: the nodes of all splits, preceded by what holds and receives their inputs.
-
-    Ids below n are tensors, from n on copies. `node` [m] with `is_hold` (a stand-in view that keeps its source alive
-    until it has been copied; `node` is then the source), `node_src` [m, width] and `node_buft` [m]; `leaf` and
-    `leaf_buft`. Per id: `op`, `flags`, `view_src`, `nbytes`, `layout` (row in the graph's layouts), `outside`.
-    """
-
-    node: I64
-    is_hold: Bools
-    node_src: I64
-    node_buft: I64
-    leaf: I64
-    leaf_buft: I64
-    op: I64
-    flags: I64
-    view_src: I64
-    nbytes: I64
-    origin: I64
-    outside: Bools
-
-
-class Heap(NamedTuple):
-    """One dynamic allocator per buffer type (first axis) with chunks (second) and free blocks (third)."""
-
-    offset: I64
-    size: I64
-    n_free: I64
-    used: I64
-    n_chunks: I64
-
-
 class Places(NamedTuple):
     """Per id: buffer type (NOWHERE: none), chunk, offset and the bytes that were reserved."""
 
@@ -79,82 +39,12 @@ class Places(NamedTuple):
     nbytes: I64
 
 
-def arrange(g: GraphArrays, d: DeviceTable, backend: I64, s: SplitArrays, current: int) -> Tasks:
-    """Lay out the allocator's graph; `current` is the copy of split inputs that is used."""
-    n, width = g.src.shape
-    n_ext = n + s.copy_of.size
-    m = g.nodes.size + 2 * s.inputs.size
-    n_copies = s.copy_id.shape[2]
-    n_leafs = g.leafs.size
-    if n_copies > 1:
-        n_leafs += n_copies * (s.graph_inputs.size + s.inputs.size)
-    tasks = Tasks(
-        node=np.empty(m, np.int64),
-        is_hold=np.zeros(m, np.bool_),
-        node_src=np.full((m, width), -1, np.int64),
-        node_buft=np.empty(m, np.int64),
-        leaf=np.empty(n_leafs, np.int64),
-        leaf_buft=np.empty(n_leafs, np.int64),
-        op=_extend(g.op, n_ext, _NONE),
-        flags=_extend(g.flags, n_ext, _INPUT | _OUTPUT if n_copies > 1 else 0),
-        view_src=_extend(g.view_src, n_ext, -1),
-        nbytes=np.concatenate((g.nbytes, g.nbytes[s.copy_of])),
-        origin=np.concatenate((np.arange(n), s.copy_of)),
-        outside=np.concatenate((g.buft != NO_BUFFER, np.zeros(s.copy_of.size, np.bool_))),
-    )
-    tasks.flags[s.graph_inputs] |= _INPUT | _OUTPUT
-    _arrange_nodes(g, d, backend, s, current, tasks)
-    _arrange_leafs(g, d, backend, s, tasks)
-    return tasks
+class Uses(NamedTuple):
+    """What is still to come while walking, per id: memory is owned, nodes that will read it, views of it."""
 
-
-def _extend(values: I64, size: int, fill: int) -> I64:
-    out = np.full(size, fill, np.int64)
-    out[: values.size] = values
-    return out
-
-
-@compiled
-def _arrange_nodes(g: GraphArrays, d: DeviceTable, backend: I64, s: SplitArrays, current: int, x: Tasks) -> None:
-    m = 0
-    for k in range(s.splits.shape[0]):
-        b = s.splits[k, BACKEND]
-        first = s.splits[k, FIRST_INPUT]
-        for t in s.inputs[first : first + s.splits[k, N_INPUTS]]:
-            x.node[m], x.is_hold[m], x.node_src[m, 0], x.node_buft[m] = t, True, t, d.buft[backend[t]]
-            x.node[m + 1], x.node_buft[m + 1] = s.copy_id[t, b, current], d.buft[b]
-            m += 2
-        for t in g.nodes[s.splits[k, START] : s.splits[k, END]]:
-            x.node[m], x.node_buft[m] = t, d.buft[backend[t]]
-            x.node_src[m] = s.src[t]
-            m += 1
-
-
-@compiled
-def _arrange_leafs(g: GraphArrays, d: DeviceTable, backend: I64, s: SplitArrays, x: Tasks) -> None:
-    m = 0
-    n_copies = s.copy_id.shape[2]
-    if n_copies > 1:
-        for t in s.graph_inputs:
-            for c in range(n_copies):
-                x.leaf[m], x.leaf_buft[m] = s.copy_id[t, backend[t], c], d.buft[backend[t]]
-                m += 1
-        for k in range(s.splits.shape[0]):
-            b = s.splits[k, BACKEND]
-            first = s.splits[k, FIRST_INPUT]
-            for t in s.inputs[first : first + s.splits[k, N_INPUTS]]:
-                for c in range(n_copies):
-                    x.leaf[m], x.leaf_buft[m] = s.copy_id[t, b, c], d.buft[b]
-                    m += 1
-    for t in g.leafs:
-        x.leaf[m], x.leaf_buft[m] = t, d.buft[backend[t]] if backend[t] >= 0 else NOWHERE
-        m += 1
-
-
-def homeless_leaf(tasks: Tasks) -> int:
-    """A leaf that needs a place but was assigned to no device, or -1."""
-    found = (tasks.leaf_buft == NOWHERE) & ~tasks.outside[tasks.leaf] & (tasks.view_src[tasks.leaf] < 0)
-    return int(tasks.leaf[found.argmax()]) if found.any() else -1
+    owned: Bools
+    children: I64
+    views: I64
 
 
 def reserve(g: GraphArrays, d: DeviceTable, tasks: Tasks, n_bufts: int) -> tuple[Places, list[tuple[int, ...]]]:
@@ -163,13 +53,7 @@ def reserve(g: GraphArrays, d: DeviceTable, tasks: Tasks, n_bufts: int) -> tuple
     Raises CapacityError when a chunk is cut into more free blocks than ggml can keep.
     """
     n_ext = tasks.op.size
-    heap = Heap(
-        np.empty((n_bufts, MAX_CHUNKS, MAX_FREE), np.int64),
-        np.empty((n_bufts, MAX_CHUNKS, MAX_FREE), np.int64),
-        np.zeros((n_bufts, MAX_CHUNKS), np.int64),
-        np.zeros((n_bufts, MAX_CHUNKS), np.int64),
-        np.zeros(n_bufts, np.int64),
-    )
+    heap = new_heap(n_bufts)
     places = Places(np.full(n_ext, NOWHERE, np.int64), *np.zeros((3, n_ext), np.int64))
     if not _walk(g.layout, d, tasks, heap, places):
         raise CapacityError(f"graph allocation: more than {MAX_FREE} free blocks in one chunk")
@@ -197,7 +81,7 @@ def fits(tasks: Tasks, old: Tasks, reserved: Places) -> bool:
     return True
 
 
-@compiled
+@helper
 def _fits_one(tasks: Tasks, t: int, reserved: Places, before: int) -> bool:
     if tasks.outside[t] or tasks.view_src[t] >= 0:
         return True
@@ -207,12 +91,17 @@ def _fits_one(tasks: Tasks, t: int, reserved: Places, before: int) -> bool:
 
 
 @compiled
-def leafs_have_places(tasks: Tasks, old: Tasks, reserved: Places) -> bool:
-    """True when each leaf that needs a place stands at a position that has one."""
+def leafs_fit(tasks: Tasks, old: Tasks, reserved: Places, end: I64) -> bool:
+    """True when each leaf that needs a place stands at a position that has one, and ends within the chunk.
+
+    `end` [buft, chunk] are the sizes of the buffers.
+    """
     for i in range(tasks.leaf.size):
-        t = tasks.leaf[i]
-        if not tasks.outside[t] and tasks.view_src[t] < 0 and reserved.buft[old.leaf[i]] == NOWHERE:
-            return False
+        t, before = tasks.leaf[i], old.leaf[i]
+        if not tasks.outside[t] and tasks.view_src[t] < 0:
+            b = reserved.buft[before]
+            if b == NOWHERE or reserved.offset[before] + tasks.nbytes[t] > end[b, reserved.chunk[before]]:
+                return False
     return True
 
 
@@ -230,7 +119,7 @@ def take_places(tasks: Tasks, old: Tasks, reserved: Places, places: Places) -> N
             _take(tasks, tasks.node[i], reserved, old.node[i], places)
 
 
-@compiled
+@helper
 def _take(tasks: Tasks, t: int, reserved: Places, before: int, places: Places) -> None:
     if places.buft[t] != NOWHERE or tasks.outside[t]:
         return
@@ -250,78 +139,73 @@ def _take(tasks: Tasks, t: int, reserved: Places, before: int, places: Places) -
 def _walk(layout: I64, d: DeviceTable, x: Tasks, heap: Heap, places: Places) -> bool:
     """Allocate leafs, explicit inputs and nodes in order, freeing each tensor after its last use."""
     n_ext = x.op.size
-    owned = np.zeros(n_ext, np.bool_)
-    children = np.zeros(n_ext, np.int64)
-    views = np.zeros(n_ext, np.int64)
+    u = Uses(np.zeros(n_ext, np.bool_), np.zeros(n_ext, np.int64), np.zeros(n_ext, np.int64))
     for i in range(x.leaf.size):
-        _allocate(layout, d, x, heap, places, owned, children, views, x.leaf[i], -1, x.leaf_buft[i])
+        _allocate(layout, d, x, heap, places, u, x.leaf[i], -1, x.leaf_buft[i])
     for i in range(x.node.size):
         t = x.node[i]
         if not x.is_hold[i]:
             if x.view_src[t] >= 0 and x.op[t] != _NONE:
-                views[x.view_src[t]] += 1
+                u.views[x.view_src[t]] += 1
             if x.flags[t] & _INPUT:
-                _allocate(layout, d, x, heap, places, owned, children, views, t, i, x.node_buft[i])
+                _allocate(layout, d, x, heap, places, u, t, i, x.node_buft[i])
         for j in range(x.node_src.shape[1]):
             s = x.node_src[i, j]
             if s >= 0:
-                children[s] += 1
+                u.children[s] += 1
                 if x.flags[s] & _INPUT:
-                    _allocate(layout, d, x, heap, places, owned, children, views, s, -1, x.node_buft[i])
+                    _allocate(layout, d, x, heap, places, u, s, -1, x.node_buft[i])
     for i in range(x.node.size):
         for j in range(x.node_src.shape[1]):
             s = x.node_src[i, j]
             if s >= 0:
-                _allocate(layout, d, x, heap, places, owned, children, views, s, -1, x.node_buft[i])
+                _allocate(layout, d, x, heap, places, u, s, -1, x.node_buft[i])
         if not x.is_hold[i]:
-            _allocate(layout, d, x, heap, places, owned, children, views, x.node[i], i, x.node_buft[i])
+            _allocate(layout, d, x, heap, places, u, x.node[i], i, x.node_buft[i])
         for j in range(x.node_src.shape[1]):
             s = x.node_src[i, j]
-            if s >= 0 and not _release(d, x, heap, places, owned, children, views, s):
+            if s >= 0 and not _release(d, x, heap, places, u, s):
                 return False
     return True
 
 
-@compiled
+@helper
 def _allocate(
     layout: I64,
     d: DeviceTable,
     x: Tasks,
     heap: Heap,
     places: Places,
-    owned: Bools,
-    children: I64,
-    views: I64,
+    u: Uses,
     t: int,
     i: int,
     buft: int,
 ) -> None:
     """Place tensor `t` (node number `i`, or -1: no sources) in `buft`, in a source's place if the op allows."""
-    if x.outside[t] or owned[t] or x.view_src[t] >= 0:
+    if x.outside[t] or u.owned[t] or x.view_src[t] >= 0:
         return
-    owned[t] = True
+    u.owned[t] = True
     if i >= 0 and _CAN_INPLACE[x.op[t]]:
         for j in range(x.node_src.shape[1]):
             p = x.node_src[i, j]
-            if p >= 0 and _can_take_over(layout, x, owned, children, views, t, p):
-                owned[p] = False
+            if p >= 0 and _can_take_over(layout, x, u, t, p):
+                u.owned[p] = False
                 places.buft[t] = places.buft[p]
                 places.chunk[t] = places.chunk[p]
                 places.offset[t] = places.offset[p]
-                _free_rest(d, x, heap, places, t, p)
                 return
     places.buft[t] = buft
-    places.chunk[t], places.offset[t] = _take_block(heap, d, buft, _padded(x.nbytes[t], d.alignment[buft]))
+    places.chunk[t], places.offset[t] = take_block(heap, d.max_size[buft], buft, padded(x.nbytes[t], d.alignment[buft]))
 
 
-@compiled
-def _can_take_over(layout: I64, x: Tasks, owned: Bools, children: I64, views: I64, t: int, p: int) -> bool:
+@helper
+def _can_take_over(layout: I64, x: Tasks, u: Uses, t: int, p: int) -> bool:
     """True when node `t` is the only one that still needs `p` and has the same layout.
 
-    A view is never taken over: ggml has rules for it, but asks first whether the allocator gave the view itself
+    The same layout means the same size, so nothing is left over. A view is never taken over: ggml has rules for it, but asks first whether the allocator gave the view itself
     memory, which it never does.
     """
-    if not owned[p] or x.flags[p] & _OUTPUT or children[p] != 1 or views[p] != 0:
+    if not u.owned[p] or x.flags[p] & _OUTPUT or u.children[p] != 1 or u.views[p] != 0:
         return False
     for k in range(layout.shape[1]):
         if layout[x.origin[t], k] != layout[x.origin[p], k]:
@@ -329,138 +213,20 @@ def _can_take_over(layout: I64, x: Tasks, owned: Bools, children: I64, views: I6
     return True
 
 
-@compiled
-def _release(
-    d: DeviceTable, x: Tasks, heap: Heap, places: Places, owned: Bools, children: I64, views: I64, s: int
-) -> bool:
+@helper
+def _release(d: DeviceTable, x: Tasks, heap: Heap, places: Places, u: Uses, s: int) -> bool:
     """One use of `s` is over; free it (or the tensor it is a view of) when that was the last."""
-    children[s] -= 1
-    if children[s] != 0 or views[s] != 0:
+    u.children[s] -= 1
+    if u.children[s] != 0 or u.views[s] != 0:
         return True
     root = x.view_src[s]
     if root >= 0:
-        views[root] -= 1
-        if views[root] != 0 or children[root] != 0:
+        u.views[root] -= 1
+        if u.views[root] != 0 or u.children[root] != 0:
             return True
         s = root
-    if not owned[s] or x.flags[s] & _OUTPUT:
+    if not u.owned[s] or x.flags[s] & _OUTPUT:
         return True
-    owned[s] = False
+    u.owned[s] = False
     b = places.buft[s]
-    return _free(heap, b, places.chunk[s], places.offset[s], _padded(x.nbytes[s], d.alignment[b]))
-
-
-@compiled
-def _free_rest(d: DeviceTable, x: Tasks, heap: Heap, places: Places, t: int, p: int) -> None:
-    """Free the end of `p`'s place that `t`, which takes it over, does not need."""
-    b = places.buft[p]
-    before = _padded(x.nbytes[p], d.alignment[b])
-    after = _padded(x.nbytes[t], d.alignment[b])
-    if before > after:
-        _free(heap, b, places.chunk[p], places.offset[p] + after, before - after)
-
-
-@compiled
-def _padded(nbytes: int, alignment: int) -> int:
-    return (nbytes + alignment - 1) & -alignment
-
-
-@compiled
-def _take_block(heap: Heap, d: DeviceTable, b: int, size: int) -> tuple[int, int]:
-    """Chunk and offset of `size` bytes: the best hole, else the end of a chunk, else a new chunk."""
-    c, k = _best_hole(heap, b, size)
-    if k < 0:
-        c, k = _best_end(heap, b, size)
-    if k < 0:
-        c, k = _new_chunk(heap, b, max(size, d.max_size[b])), 0
-    offset = heap.offset[b, c, k]
-    heap.offset[b, c, k] += size
-    heap.size[b, c, k] -= size
-    if heap.size[b, c, k] == 0:
-        _remove(heap, b, c, k)
-    heap.used[b, c] = max(heap.used[b, c], offset + size)
-    return c, offset
-
-
-@compiled
-def _best_hole(heap: Heap, b: int, size: int) -> tuple[int, int]:
-    """The smallest hole (any free block but the last of its chunk) of the last chunk that has one."""
-    chunk = block = -1
-    for c in range(heap.n_chunks[b]):
-        best = UNLIMITED
-        for k in range(heap.n_free[b, c] - 1):
-            if size <= heap.size[b, c, k] <= best:
-                chunk, block, best = c, k, heap.size[b, c, k]
-    return chunk, block
-
-
-@compiled
-def _best_end(heap: Heap, b: int, size: int) -> tuple[int, int]:
-    """The last free block whose use wastes least of what its chunk has reached, or else grows it least."""
-    chunk = block = -1
-    best = -UNLIMITED - 1
-    for c in range(heap.n_chunks[b]):
-        k = heap.n_free[b, c] - 1
-        if k < 0:
-            continue
-        spare = heap.used[b, c] - heap.offset[b, c, k] - size
-        better = (best < 0 and spare > best) or (0 <= spare < best)
-        if heap.size[b, c, k] >= size and better:
-            chunk, block, best = c, k, spare
-    return chunk, block
-
-
-@compiled
-def _new_chunk(heap: Heap, b: int, size: int) -> int:
-    """Open a chunk of `size` bytes; the last possible one has no limit."""
-    c = heap.n_chunks[b]
-    heap.offset[b, c, 0] = 0
-    heap.size[b, c, 0] = UNLIMITED if c == MAX_CHUNKS - 1 else size
-    heap.n_free[b, c] = 1
-    heap.used[b, c] = 0
-    heap.n_chunks[b] += 1
-    return c
-
-
-@compiled
-def _free(heap: Heap, b: int, c: int, offset: int, size: int) -> bool:
-    """Give bytes back, joining them with free neighbours; False when there is no room in the list."""
-    for k in range(heap.n_free[b, c]):
-        if heap.offset[b, c, k] + heap.size[b, c, k] == offset:
-            heap.size[b, c, k] += size
-            if k + 1 < heap.n_free[b, c] and offset + size == heap.offset[b, c, k + 1]:
-                heap.size[b, c, k] += heap.size[b, c, k + 1]
-                _remove(heap, b, c, k + 1)
-            return True
-        if offset + size == heap.offset[b, c, k]:
-            heap.offset[b, c, k] = offset
-            heap.size[b, c, k] += size
-            if k > 0 and heap.offset[b, c, k - 1] + heap.size[b, c, k - 1] == offset:
-                heap.size[b, c, k - 1] += heap.size[b, c, k]
-                _remove(heap, b, c, k)
-            return True
-    return _insert(heap, b, c, offset, size)
-
-
-@compiled
-def _insert(heap: Heap, b: int, c: int, offset: int, size: int) -> bool:
-    n = heap.n_free[b, c]
-    if n == MAX_FREE:
-        return False
-    k = n
-    while k > 0 and heap.offset[b, c, k - 1] >= offset:
-        heap.offset[b, c, k] = heap.offset[b, c, k - 1]
-        heap.size[b, c, k] = heap.size[b, c, k - 1]
-        k -= 1
-    heap.offset[b, c, k] = offset
-    heap.size[b, c, k] = size
-    heap.n_free[b, c] = n + 1
-    return True
-
-
-@compiled
-def _remove(heap: Heap, b: int, c: int, k: int) -> None:
-    for i in range(k, heap.n_free[b, c] - 1):
-        heap.offset[b, c, i] = heap.offset[b, c, i + 1]
-        heap.size[b, c, i] = heap.size[b, c, i + 1]
-    heap.n_free[b, c] -= 1
+    return free_block(heap, b, places.chunk[s], places.offset[s], padded(x.nbytes[s], d.alignment[b]))

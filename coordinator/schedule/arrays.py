@@ -28,6 +28,11 @@ def compiled(function: _F) -> _F:
     return cast(_F, njit(cache=True, nogil=True)(function))
 
 
+def helper(function: _F) -> _F:
+    """Compile a part of a pass: it lives inside the passes that call it and cannot be called from outside."""
+    return cast(_F, njit(nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)(function))
+
+
 class GraphArrays(NamedTuple):
     """A graph with one row per tensor id; a tuple of arrays because that is what compiled functions take.
 
@@ -83,10 +88,14 @@ def graph_arrays(graph: Graph, bufts: Mapping[str, int], foreign: int, devices: 
     pin = np.full(n, -1, np.int64)
     for ident, device in graph.pins:
         pin[ident] = devices[device]
-    columns = np.ascontiguousarray(facts[:, :5].T)
+    op, flags, view_src, buft, usage = np.ascontiguousarray(facts[:, :5].T)
     layout = np.ascontiguousarray(facts[:, 5:])
     return GraphArrays(
-        *columns,
+        op=op,
+        flags=flags,
+        view_src=view_src,
+        buft=buft,
+        usage=usage,
         nbytes=span_nbytes(layout),
         layout=layout,
         src=src,

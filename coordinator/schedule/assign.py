@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from coordinator.graph.node import Graph
-from coordinator.schedule.arrays import I64, IS_VIEW_OP, NO_BUFFER, GraphArrays, compiled
+from coordinator.schedule.arrays import I64, IS_VIEW_OP, NO_BUFFER, GraphArrays, compiled, helper
 from coordinator.schedule.devices import Devices, DeviceTable
 from protocol.errors import PlanError
 from protocol.ops import Flag, Op, Usage
@@ -75,13 +75,13 @@ def run_passes(g: GraphArrays, d: DeviceTable, op_offload: bool, backend: I64, c
     return OK, 0
 
 
-@compiled
+@helper
 def _root_buft(g: GraphArrays, t: int) -> int:
     """Buffer type that `t` (or the tensor it is a view of) was allocated in before the graph, or NO_BUFFER."""
     return int(g.buft[g.view_src[t]] if g.view_src[t] >= 0 else g.buft[t])
 
 
-@compiled
+@helper
 def _from_buffer(g: GraphArrays, d: DeviceTable, t: int, op: int) -> int:
     """The first device that can use the buffer of `t` and run `op`."""
     buft = _root_buft(g, t)
@@ -92,7 +92,7 @@ def _from_buffer(g: GraphArrays, d: DeviceTable, t: int, op: int) -> int:
     return UNASSIGNED
 
 
-@compiled
+@helper
 def _batch(g: GraphArrays, t: int) -> int:
     """Rows that a weight would be used for: what offloading has to pay off against."""
     op = g.op[t]
@@ -105,7 +105,7 @@ def _batch(g: GraphArrays, t: int) -> int:
     return int(g.layout[t, 2] * g.layout[t, 3] * g.layout[t, 4])
 
 
-@compiled
+@helper
 def _from_current(g: GraphArrays, d: DeviceTable, op_offload: bool, t: int, cause: int) -> tuple[int, int]:
     """Pass 1: where the tensor or its weights already lie decides."""
     op = g.op[t]
@@ -134,7 +134,7 @@ def _from_current(g: GraphArrays, d: DeviceTable, op_offload: bool, t: int, caus
     return UNASSIGNED, cause
 
 
-@compiled
+@helper
 def _spread(g: GraphArrays, d: DeviceTable, backend: I64, cause: I64, skip_last: bool, down: bool) -> None:
     """Pass 2, one sweep: an assignment spreads to the next unassigned nodes that its device can run."""
     n = g.nodes.size
@@ -150,7 +150,7 @@ def _spread(g: GraphArrays, d: DeviceTable, backend: I64, cause: I64, skip_last:
             backend[t], cause[t] = current, SUPPORTED
 
 
-@compiled
+@helper
 def reads(g: GraphArrays, d: DeviceTable, backend: I64, t: int, b: int) -> bool:
     """True when device `b` can read `t` where it lies or will lie."""
     buft = _root_buft(g, t)
@@ -164,7 +164,7 @@ def reads(g: GraphArrays, d: DeviceTable, backend: I64, t: int, b: int) -> bool:
     return bool(d.supports_buft[b, buft])
 
 
-@compiled
+@helper
 def _choose_best(g: GraphArrays, d: DeviceTable, backend: I64, cause: I64, t: int) -> None:
     """Pass 3 for a node without a device: the one that can read most of its sources."""
     most = -1
@@ -181,7 +181,7 @@ def _choose_best(g: GraphArrays, d: DeviceTable, backend: I64, cause: I64, t: in
             backend[t], cause[t] = b, BEST
 
 
-@compiled
+@helper
 def _upgrade(g: GraphArrays, d: DeviceTable, backend: I64, cause: I64, t: int) -> None:
     """Pass 3 for a node with a device: a higher-priority one of the same buffer type takes it."""
     for b in range(backend[t]):
@@ -198,7 +198,7 @@ def _upgrade(g: GraphArrays, d: DeviceTable, backend: I64, cause: I64, t: int) -
             return
 
 
-@compiled
+@helper
 def _settle(g: GraphArrays, d: DeviceTable, backend: I64, cause: I64, t: int) -> None:
     """Pass 4: views follow their root, sources follow their view's root or the node, the rest take any device."""
     if g.view_src[t] >= 0 and backend[t] == UNASSIGNED:

@@ -8,9 +8,12 @@ import numpy as np
 
 from coordinator.graph.node import Graph
 from coordinator.schedule import allocate, assign, split
+from coordinator.schedule.allocate import Places
 from coordinator.schedule.arrays import I64, GraphArrays, graph_arrays
+from coordinator.schedule.chunks import MAX_CHUNKS
 from coordinator.schedule.devices import make_devices
 from coordinator.schedule.plan import Copy, Device, Place, Plan, Split
+from coordinator.schedule.tasks import NOWHERE, Tasks, arrange, homeless_leaf
 from protocol.errors import PlanError
 
 _NAME_MAX = 63
@@ -29,7 +32,7 @@ class _Draft:
         backend: I64,
         cause: I64,
         parts: split.SplitArrays,
-        tasks: allocate.Tasks,
+        tasks: Tasks,
     ) -> None:
         self.graph, self.arrays, self.backend, self.cause = graph, arrays, backend, cause
         self.parts, self.tasks = parts, tasks
@@ -53,10 +56,11 @@ class Scheduler:
         self._first_backend = 0
         self._capacity = np.full(16, split.SPLIT_INPUTS, np.int64)
         self._sizes: list[tuple[int, ...] | None] = [None] * self._devices.n_compute
-        self._reserved: tuple[allocate.Tasks, allocate.Places] | None = None
-        self._before: allocate.Tasks | None = None
+        self._reserved: tuple[Tasks, Places] | None = None
+        self._before: Tasks | None = None
         self._last: tuple[_Draft, Plan] | None = None
         self._epoch = 0
+        self._rescues = 0
 
     @property
     def devices(self) -> tuple[Device, ...]:
@@ -72,6 +76,11 @@ class Scheduler:
     def epoch(self) -> int:
         """How often a graph was allocated, or buffers were replaced: bytes of an earlier epoch may be overwritten."""
         return self._epoch
+
+    @property
+    def rescues(self) -> int:
+        """Graphs planned anew because a leaf did not fit the place at its position: ggml does not look and crashes."""
+        return self._rescues
 
     def reset(self) -> None:
         """Forget the assignments of the last graph; its tensors are dangling from now on."""
@@ -129,7 +138,7 @@ class Scheduler:
             graph, arrays, known.table, backend, self._capacity, self._n_copies, self._copy, self._first_backend
         )
         self._first_backend = int(parts.splits[0, split.BACKEND])
-        tasks = allocate.arrange(arrays, known.table, backend, parts, self._copy)
+        tasks = arrange(arrays, known.table, backend, parts, self._copy)
         self._n_splits = len(parts.splits)
         return _Draft(graph, arrays, backend, cause, parts, tasks)
 
@@ -139,22 +148,29 @@ class Scheduler:
                 names = ", ".join(self._devices.index)
                 raise PlanError(f"tensor id {ident} is pinned to unknown device {device!r}: expected one of {names}")
 
-    def _can_reuse(self, tasks: allocate.Tasks) -> bool:
+    def _can_reuse(self, tasks: Tasks) -> bool:
         """ggml's decision not to reallocate: position, buffer type and size are compared, never identity."""
         if self._reserved is None:
             return False
         old, places = self._reserved
         before = self._before or old
-        return (
+        if not (
             np.array_equal(before.node_buft, tasks.node_buft)
             and np.array_equal(before.leaf_buft, tasks.leaf_buft)
             and allocate.fits(tasks, old, places)
-            and allocate.leafs_have_places(tasks, old, places)
-        )
+        ):
+            return False
+        ends = np.zeros((len(self._sizes), MAX_CHUNKS), np.int64)
+        for k, size in enumerate(self._sizes):
+            ends[k, : len(size or ())] = size or ()
+        if allocate.leafs_fit(tasks, old, places, ends):
+            return True
+        self._rescues += 1
+        return False
 
     def _reserve(self, draft: _Draft) -> bool:
         """Plan the places of a graph from scratch; returns whether a buffer had to be replaced."""
-        leaf = allocate.homeless_leaf(draft.tasks)
+        leaf = homeless_leaf(draft.tasks)
         if leaf >= 0:
             name = _name(draft.graph, leaf)
             raise PlanError(
@@ -175,7 +191,7 @@ class Scheduler:
         assert self._reserved is not None
         old, reserved = self._reserved
         n_ext = draft.tasks.op.size
-        places = allocate.Places(np.full(n_ext, allocate.NOWHERE, np.int64), *np.zeros((3, n_ext), np.int64))
+        places = Places(np.full(n_ext, NOWHERE, np.int64), *np.zeros((3, n_ext), np.int64))
         allocate.take_places(draft.tasks, old, reserved, places)
         placed = self._places(draft, places)
         n = len(draft.graph.tensors)
@@ -193,7 +209,7 @@ class Scheduler:
             epoch=self._epoch,
         )
 
-    def _places(self, draft: _Draft, places: allocate.Places) -> list[Place | None]:
+    def _places(self, draft: _Draft, places: Places) -> list[Place | None]:
         """Places of tensors and copies; views lie where their root lies."""
         names = self._devices.buft_names
         rows = zip(places.buft.tolist(), places.chunk.tolist(), places.offset.tolist(), strict=True)

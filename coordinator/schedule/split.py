@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from coordinator.graph.node import Graph
-from coordinator.schedule.arrays import I64, IS_VIEW_OP, NO_BUFFER, GraphArrays, compiled
+from coordinator.schedule.arrays import I64, IS_VIEW_OP, NO_BUFFER, GraphArrays, compiled, helper
 from coordinator.schedule.assign import UNASSIGNED, reads
 from coordinator.schedule.devices import DeviceTable
 from protocol.errors import PlanError
@@ -57,7 +57,7 @@ def split(
     at least nodes + 1 entries. `current` is the copy that this evaluation uses, `stale` the backend of the last
     graph's first split: a graph of nothing but views keeps it, as in ggml.
     """
-    n, width = g.src.shape
+    n = g.op.size
     edges = int(np.count_nonzero(g.src[g.nodes] >= 0))
     most = edges * (2 * n_copies - 1) + 1
     splits = np.zeros((g.nodes.size + 1, 6), np.int64)
@@ -78,12 +78,12 @@ def split(
     )
 
 
-@compiled
+@helper
 def _needs_copy(g: GraphArrays, d: DeviceTable, backend: I64, s: int, b: int) -> bool:
     return bool(backend[s] != b and not reads(g, d, backend, s, b))
 
 
-@compiled
+@helper
 def _start_cause(g: GraphArrays, d: DeviceTable, backend: I64, t: int, b: int, full: bool, copy_id: I64) -> int:
     """Why node `t` cannot join the running split on device `b`, which has inputs; FIRST when it can."""
     for k in range(g.src.shape[1]):
@@ -98,7 +98,7 @@ def _start_cause(g: GraphArrays, d: DeviceTable, backend: I64, t: int, b: int, f
     return FIRST
 
 
-@compiled
+@helper
 def _make_copies(copies: I64, n_made: int, copy_id: I64, s: int, b: int, n: int, keep: int) -> int:
     """Make every copy of `s` on device `b`; copy number `keep` is the tensor itself (-1: none is)."""
     for c in range(copy_id.shape[2]):

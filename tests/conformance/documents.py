@@ -143,9 +143,9 @@ class GraphMaker:
             if rng.random() < 0.02:
                 made["buffer"] = {"buft": rng.choice(self.bufts), "usage": rng.choice(["any", "compute", "weights"])}
         if rng.random() < 0.08:
-            made["flags"] = [*made["flags"], "output"]
+            made["flags"] = sorted({*made["flags"], "output"})
         if rng.random() < 0.03:
-            made["flags"] = [*made["flags"], "input"]
+            made["flags"] = sorted({*made["flags"], "input"})
         return made
 
     def copy_into(self) -> Json:

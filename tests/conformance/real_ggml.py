@@ -240,7 +240,7 @@ class RealGraph:
         struct.type = int(dtype_of(t["type"]))
         struct.ne[:], struct.nb[:] = t["ne"], t["nb"]
         struct.op = int(Op[t["op"]])
-        struct.flags = sum(int(Flag[f.upper()]) for f in t["flags"])
+        struct.flags = sum({int(Flag[f.upper()]) for f in t["flags"]})
         struct.name = t["name"].encode()
         for k, s in enumerate(t["src"]):
             struct.src[k] = None if s in (None, -1) else self.address[s]

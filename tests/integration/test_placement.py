@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator
 
 import pytest
+
 from coordinator.cli.options import DEMO_IMAGE, DEMO_MODEL
 from coordinator.model.image import Tiles
 from coordinator.runtime.generate import Prompt

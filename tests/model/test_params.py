@@ -102,7 +102,7 @@ def test_embedding_may_have_more_rows_but_not_fewer(ref_model: ModelFile) -> Non
 
 def test_types_that_cannot_be_computed_with(ref_model: ModelFile) -> None:
     half = with_weight(ref_model, "blk.0.attn_norm.weight", lambda info: replace(info, dtype=DType.F16))
-    with pytest.raises(ModelError, match="attn_norm.weight has the type F16: expected F32"):
+    with pytest.raises(ModelError, match=r"attn_norm.weight has the type F16: expected F32"):
         read_params(half)
     patch = with_weight(ref_model, "v.patch_embd.weight", lambda info: replace(info, dtype=DType.BF16))
     with pytest.raises(ModelError, match="type BF16: expected F32 or F16"):
@@ -111,7 +111,7 @@ def test_types_that_cannot_be_computed_with(ref_model: ModelFile) -> None:
 
 def test_unknown_tensor(ref_model: ModelFile) -> None:
     model = with_weight(ref_model, "blk.0.attn_q.bias", lambda info: replace(info, name="blk.0.attn_q.bias"))
-    with pytest.raises(ModelError, match="blk.0.attn_q.bias is none that a mllama model"):
+    with pytest.raises(ModelError, match=r"blk.0.attn_q.bias is none that a mllama model"):
         read_params(model)
 
 

@@ -30,7 +30,7 @@ def test_reads_what_the_library_writes(tmp_path: Path) -> None:
     tensors = {
         "a": rng.standard_normal((3, 4)).astype(np.float32),
         "b": rng.standard_normal(5).astype(np.float16),
-        "scalar": np.float32(2.5).reshape(()),
+        "scalar": np.array(2.5, np.float32),
         "none": np.zeros((0, 3), np.float32),
     }
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})

@@ -44,7 +44,10 @@ def _scale_and_min(scales, k):
 
 @njit(**INNER)
 def _q45_k(block, out, five):
-    """d f16 | dmin f16 | 12 bytes of scales | (five) 32 bytes of fifth bits | 128 bytes of nibbles."""
+    """d f16 | dmin f16 | 12 bytes of scales | (five) 32 bytes of fifth bits | 128 bytes of nibbles.
+
+    `five` is 1 or 0 and masks the fifth bit: a branch on it here was compiled wrongly by LLVM 22 at -O3.
+    """
     d, dmin = load_f16(block), load_f16(block + 2)
     high = block + 16
     quants = high + 32 * five
@@ -53,8 +56,7 @@ def _q45_k(block, out, five):
         factor, offset = d * float32(scale), dmin * float32(minimum)
         for j in range(32):
             q = (_byte(quants + 32 * (k >> 1) + j) >> (4 * (k & 1))) & 15
-            if five == 1:
-                q |= ((_byte(high + j) >> k) & 1) << 4
+            q |= ((_byte(high + j) >> k) & five) << 4
             store_f32(out + 4 * (32 * k + j), factor * float32(q) - offset)
 
 

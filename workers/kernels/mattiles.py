@@ -154,15 +154,15 @@ def _accumulate(
 
 
 class _Strip:
-    """Memory for the exact sums and scales of a strip of blocks of eight rows: tables [block][row]."""
+    """Memory for the exact sums [row][block] and scales [block][row] of a strip of blocks of eight rows."""
 
     def __init__(self, b: ir.IRBuilder, form: Format) -> None:
-        def table(kind: ir.Type) -> ir.Value:
-            return cgutils.alloca_once(b, ir.ArrayType(ir.ArrayType(kind, ROWS), STRIP))
+        def table(kind: ir.Type, inner: int, outer: int) -> ir.Value:
+            return cgutils.alloca_once(b, ir.ArrayType(ir.ArrayType(kind, inner), outer))
 
-        self.exact = table(i16x16.ir if _in_shorts(form) else i32x8.ir)
-        self.other = table(i32x8.ir) if form.subs else None
-        self.scales = [(table(I16), at) for at in (form.scale, form.floor) if at >= 0]
+        self.exact = table(i16x16.ir if _in_shorts(form) else i32x8.ir, STRIP, ROWS)
+        self.other = table(i32x8.ir, STRIP, ROWS) if form.subs else None
+        self.scales = [(table(I16, ROWS, STRIP), at) for at in (form.scale, form.floor) if at >= 0]
 
 
 def _in_shorts(form: Format) -> bool:
@@ -184,6 +184,7 @@ def _dot_rows(
     blocks = b.udiv(k, const(I64, form.block))
     total = cgutils.alloca_once_value(b, const(f32x8.ir, 0.0))
     strip = _Strip(b, form)
+    ahead = b.mul(stride, const(I64, ROWS)) if AHEAD_NBYTES < 0 else const(I64, AHEAD_NBYTES)
     with cgutils.for_range_slice(b, const(I64, 0), blocks, const(I64, STRIP), I64) as (start, _):
         left = b.sub(blocks, start)
         length = b.select(b.icmp_signed("<", left, const(I64, STRIP)), left, const(I64, STRIP))
@@ -192,7 +193,7 @@ def _dot_rows(
             with cgutils.for_range(b, length) as loop:
                 column = _Column(b, form, y, k, b.add(start, loop.index), blocks)
                 here = b.add(line, b.mul(loop.index, const(I64, form.nbytes)))
-                _row_sums(b, form, here, column, strip, [loop.index, rows.index])
+                _row_sums(b, form, here, ahead, column, strip, loop.index, rows.index)
         with cgutils.for_range(b, length) as loop:
             column = _Column(b, form, y, k, b.add(start, loop.index), blocks)
             exact, other, scales = _strip_sums(b, form, strip, loop.index)
@@ -200,10 +201,19 @@ def _dot_rows(
     store_rows(b, b.load(total), out, count)
 
 
-def _row_sums(b: ir.IRBuilder, form: Format, row: ir.Value, column: _Column, strip: _Strip, at: Values) -> None:
+def _row_sums(
+    b: ir.IRBuilder,
+    form: Format,
+    row: ir.Value,
+    ahead: ir.Value,
+    column: _Column,
+    strip: _Strip,
+    index: ir.Value,
+    which: ir.Value,
+) -> None:
     """Exact sums of one block of one row, not yet across lanes, and its scales, into the strip."""
-    for line in range(0, form.nbytes if AHEAD_NBYTES else 0, 64):
-        prefetch_line(b, row, AHEAD_NBYTES + line)
+    for line in range(0, form.nbytes, 64):
+        prefetch_line(b, b.add(row, ahead), line)
     products = [
         _multiply(b, form, quants, load(b, column.quants, i8x32.ir, 32 * chunk))
         for chunk, quants in enumerate(unpack_quants(b, form, row))
@@ -218,12 +228,12 @@ def _row_sums(b: ir.IRBuilder, form: Format, row: ir.Value, column: _Column, str
         if form.subs == 8:
             small = shuffle(b, small, None, [8 + i // 2 for i in range(16)])
         other = multiply_shorts(b, small, load(b, column.sums, i16x16.ir))
-        b.store(other, cgutils.gep_inbounds(b, strip.other, 0, *at))
+        b.store(other, cgutils.gep_inbounds(b, strip.other, 0, which, index))
     elif not _in_shorts(form):
         exact = multiply_shorts(b, exact, const(i16x16.ir, 1))
-    b.store(exact, cgutils.gep_inbounds(b, strip.exact, 0, *at))
+    b.store(exact, cgutils.gep_inbounds(b, strip.exact, 0, which, index))
     for table, offset in strip.scales:
-        b.store(load(b, row, I16, offset), cgutils.gep_inbounds(b, table, 0, *at))
+        b.store(load(b, row, I16, offset), cgutils.gep_inbounds(b, table, 0, index, which))
 
 
 def _strip_sums(
@@ -232,7 +242,7 @@ def _strip_sums(
     """One block of eight rows from the strip: lane r belongs to row r."""
 
     def lanes(table: ir.Value) -> ir.Value:
-        return reduce_rows(b, [b.load(cgutils.gep_inbounds(b, table, 0, index, r)) for r in range(ROWS)])
+        return reduce_rows(b, [b.load(cgutils.gep_inbounds(b, table, 0, r, index)) for r in range(ROWS)])
 
     exact = lanes(strip.exact)
     if _in_shorts(form):
