@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Callable
+from enum import IntEnum
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,6 +27,23 @@ _SYS_FUTEX, _FUTEX_WAIT, _FUTEX_WAKE = 202, 0, 1
 
 class _Timespec(ctypes.Structure):
     _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
+
+
+class State(IntEnum):
+    """What a worker is at."""
+
+    IDLE = 0  # no step: it waits for the coordinator, or answers another request
+    BUSY = 1  # in an instruction that needs nobody else
+    WAITING = 2  # for a peer
+
+
+class Progress(NamedTuple):
+    """Where a worker was when it last said so."""
+
+    step: int
+    instruction: int
+    split: int
+    state: State
 
 
 class Board:
@@ -51,15 +70,21 @@ class Board:
         """The board of a run that another process started."""
         return cls(sharedmem.attach(path, NBYTES, writable=True))
 
-    def show(self, worker: int, step: int, instruction: int, split: int) -> None:
+    def show(self, worker: int, step: int, instruction: int, split: int, state: State = State.BUSY) -> None:
         """Worker `worker` says where it is."""
-        base = _PROGRESS + worker * _LINE
-        self._cells[base], self._cells[base + 1], self._cells[base + 2] = step & 0xFFFFFFFF, instruction, split
+        cells, base = self._cells, _PROGRESS + worker * _LINE
+        cells[base], cells[base + 1], cells[base + 2] = step & 0xFFFFFFFF, instruction, split
+        cells[base + 3] = state
 
-    def progress(self, worker: int) -> tuple[int, int, int]:
-        """(step, instruction, split) that the worker showed last."""
-        base = _PROGRESS + worker * _LINE
-        return self._cells[base], self._cells[base + 1], self._cells[base + 2]
+    def rest(self, worker: int) -> None:
+        """Worker `worker` says that it is through with its step."""
+        self._cells[_PROGRESS + worker * _LINE + 3] = State.IDLE
+
+    def progress(self, worker: int) -> Progress:
+        """What the worker showed last; a worker may write anything here, so it is only shown to people."""
+        cells, base = self._cells, _PROGRESS + worker * _LINE
+        state = State(cells[base + 3]) if cells[base + 3] in (1, 2) else State.IDLE
+        return Progress(cells[base], cells[base + 1], cells[base + 2], state)
 
     def publish(self, transfer: int, step: int) -> None:
         """The source's bytes are ready for `step`."""

@@ -7,6 +7,8 @@ import platform
 import sys
 from functools import cache
 
+from protocol.errors import UsageError
+
 VARIABLE = "CROSSDOCK_DISABLE"
 
 SWITCHES = ("memfd", "futex", "sharedmem", "pidfd", "forkserver", "avx2", "fma", "f16c")
@@ -16,6 +18,13 @@ SWITCHES = ("memfd", "futex", "sharedmem", "pidfd", "forkserver", "avx2", "fma",
 def disabled() -> frozenset[str]:
     """Features switched off by the environment, lower case."""
     return frozenset(word.strip().lower() for word in os.environ.get(VARIABLE, "").split(",") if word.strip())
+
+
+def check_switches() -> None:
+    """Raises UsageError for a switch that does not exist: a typing error would otherwise switch nothing off."""
+    unknown = sorted(disabled() - set(SWITCHES))
+    if unknown:
+        raise UsageError(f"{VARIABLE}: unknown feature {unknown[0][:40]!r}: expected some of {', '.join(SWITCHES)}")
 
 
 @cache

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 MAX_WORKERS = 64
 MAX_FRAMES = 4096
-MAX_HEADER_NBYTES = 32 << 20
-MAX_BUFFER_NBYTES = 16 << 30
+MAX_HEADER_NBYTES = 2 << 20  # a megabyte of msgpack can become 64 of Python objects
+MAX_BUFFER_NBYTES = 4 << 30
 MAX_TEXT = 4096  # characters of any string in a message
-MAX_ITEMS = 1 << 20  # entries of any list or map in a message
-MAX_DEPTH = 8  # nesting of a message header
+MAX_ITEMS = 1 << 16  # entries of any list or map in a message
 MAX_ARENAS = 4096  # per worker
 MAX_ARENA_NBYTES = 1 << 46
 MAX_OPS = 1 << 20  # per program

@@ -230,6 +230,13 @@ class Stats:
     arena_nbytes: int
 
 
+ANSWERS: dict[type, type] = {
+    Allocate: Allocated, MapFile: Mapped, Load: Loaded, ProgramMessage: Ready, Step: Done,
+    Read: Bytes, Write: Written, StatsRequest: Stats,
+}  # fmt: skip
+"""What a worker answers to each request when it does not fail; to the others it answers nothing."""
+
+
 @_message("shutdown")
 class Shutdown:
     """End; no answer."""

@@ -42,7 +42,7 @@ def from_plain(cls: type[T], plain: Any, where: str) -> T:
     hints: dict[str, Any] = _hints(cls)  # type: ignore[arg-type]
     unknown = set(plain) - set(hints)
     if unknown:
-        raise ProtocolError(f"{where}: unknown field {sorted(map(str, unknown))[0]!r}")
+        raise ProtocolError(f"{where}: unknown field {sorted(map(str, unknown))[0][:40]!r}")
     values = {}
     for name, hint in hints.items():
         if name not in plain:

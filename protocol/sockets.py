@@ -2,47 +2,49 @@
 
 from __future__ import annotations
 
-import os
 import secrets
-import shutil
-import stat
-import tempfile
 from pathlib import Path
 
 import zmq
 
+from protocol import security
 from protocol.errors import UsageError, WorkerError
 from protocol.limits import MAX_BUFFER_NBYTES
 
 TRANSPORTS = ("ipc", "tcp")
 LINGER_MS = 200
 HEARTBEAT_MS = 2000
+HANDSHAKE_MS = 10_000
 _MAX_IPC_PATH = 107  # sockaddr_un.sun_path
 _LOOPBACK = "127.0.0.1"
 
+Context = zmq.Context[zmq.Socket[bytes]]
 
-def new_context() -> zmq.Context[zmq.Socket[bytes]]:
-    """A context whose sockets never hang at the end."""
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+
+def new_context(secret: str = "") -> Context:
+    """A context whose sockets never hang at the end; with a secret, its TCP sockets admit only who knows it."""
+    context: Context = zmq.Context()
     context.setsockopt(zmq.LINGER, LINGER_MS)
+    if secret:
+        security.guard(context, secret)
     return context
 
 
-def control_server(context: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:
+def control_server(context: Context) -> zmq.Socket[bytes]:
     """The coordinator's ROUTER: sending to a worker that is gone raises instead of dropping silently."""
     socket = context.socket(zmq.ROUTER)
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
     return _common(socket)
 
 
-def control_client(context: zmq.Context[zmq.Socket[bytes]], identity: str) -> zmq.Socket[bytes]:
+def control_client(context: Context, identity: str) -> zmq.Socket[bytes]:
     """A worker's DEALER; the identity is unique per incarnation, since ZeroMQ ignores a second holder silently."""
     socket = context.socket(zmq.DEALER)
     socket.setsockopt(zmq.IDENTITY, identity.encode())
     return _common(socket)
 
 
-def data_socket(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket[bytes]:
+def data_socket(context: Context, kind: int) -> zmq.Socket[bytes]:
     """PUSH or PULL between workers. Unbounded queues: what is in flight is bounded by the plan, not by a count."""
     return _common(context.socket(kind))
 
@@ -52,46 +54,52 @@ def _common(socket: zmq.Socket[bytes]) -> zmq.Socket[bytes]:
         socket.setsockopt(option, 0)
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_BUFFER_NBYTES)
     socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+    socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
     return socket
 
 
 def bind(socket: zmq.Socket[bytes], transport: str, directory: str, label: str, port: int = 0) -> str:
     """Bind to a fresh endpoint of this machine alone and return it.
 
-    ipc: a socket file in the run's private directory. tcp: the loopback interface, `port` 0 for any free one.
+    ipc: a socket file in the run's private directory. tcp: the loopback interface, `port` 0 for any free one, and
+    only for those who know the secret of the socket's context.
 
-    Raises UsageError when the port is taken or the directory's path too long.
+    Raises UsageError when the port is taken or the directory's path too long, WorkerError when the system refuses.
     """
     if transport == "ipc":
-        path = f"{directory}/{label}.sock"
-        if len(path.encode()) > _MAX_IPC_PATH:
-            raise UsageError(
-                f"{path}: longer than the {_MAX_IPC_PATH} bytes of a socket path: set TMPDIR to a shorter one"
-            )
-        if Path(path).exists():
-            raise WorkerError(f"{path}: already there, another run would lose its socket")
-        socket.bind(f"ipc://{path}")
-        return f"ipc://{path}"
+        return _bind_ipc(socket, f"{directory}/{label}.sock")
+    security.lock(socket)
     try:
         socket.bind(f"tcp://{_LOOPBACK}:{port or '*'}")
     except zmq.ZMQError as error:
-        raise UsageError(f"cannot listen on {_LOOPBACK}:{port}: {error.strerror} (port taken?)") from None
+        why = "another program listens there" if error.errno == zmq.EADDRINUSE else error.strerror
+        raise UsageError(f"cannot listen on port {port} of {_LOOPBACK}: {why}; --port 0 takes any free one") from None
     return socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
 
-def run_directory() -> str:
-    """A new directory that only this user can enter, for sockets, logs and file-backed memory of one run."""
-    base = os.environ.get("XDG_RUNTIME_DIR", "")
-    usable = bool(base) and os.path.isdir(base) and os.access(base, os.W_OK)
-    path = tempfile.mkdtemp(prefix="crossdock-", dir=base if usable else None)
-    assert stat.S_IMODE(os.stat(path).st_mode) == 0o700
-    return path
+def _bind_ipc(socket: zmq.Socket[bytes], path: str) -> str:
+    nbytes = len(path.encode("utf-8", "surrogateescape"))
+    if nbytes > _MAX_IPC_PATH:
+        raise UsageError(
+            f"{path}: a socket's path of {nbytes} bytes, at most {_MAX_IPC_PATH} are possible: set TMPDIR to a shorter one"
+        )
+    if Path(path).exists():
+        raise WorkerError(f"{path}: already there, another run would lose its socket")
+    try:
+        socket.bind(f"ipc://{path}")
+    except (zmq.ZMQError, UnicodeError) as error:
+        raise WorkerError(f"{path}: cannot make a socket: {error}") from None
+    return f"ipc://{path}"
 
 
-def remove_run_directory(path: str) -> None:
-    """Remove what `run_directory` made; more than one process may try."""
-    if Path(path).name.startswith("crossdock-"):
-        shutil.rmtree(path, ignore_errors=True)
+def connect(socket: zmq.Socket[bytes], endpoint: str, secret: str) -> None:
+    """Connect to what `bind` returned, in this process or another one. Raises WorkerError for what is no endpoint."""
+    if endpoint.startswith("tcp://"):
+        security.present(socket, secret)
+    try:
+        socket.connect(endpoint)
+    except (zmq.ZMQError, UnicodeError) as error:
+        raise WorkerError(f"cannot connect to {endpoint[:200]!r}: {error}") from None
 
 
 def new_token() -> str:

@@ -34,7 +34,8 @@ def encode(message: Any, buffers: Sequence[Buffer] = ()) -> list[Buffer]:
     Raises ProtocolError when the message breaks its own limits.
     """
     plain = {"t": type(message).KIND, **to_plain(message)}
-    header = msgpack.packb(plain, use_bin_type=True, strict_types=True)
+    # paths may hold bytes that are no UTF-8: they travel as they are
+    header = msgpack.packb(plain, use_bin_type=True, strict_types=True, unicode_errors="surrogateescape")
     if len(header) > MAX_HEADER_NBYTES or len(buffers) > MAX_FRAMES - 2:
         raise ProtocolError(f"message {plain['t']!r} is too large: {len(header)} header bytes, {len(buffers)} buffers")
     return [PRELUDE.pack(MAGIC, MAJOR, len(buffers), len(header)), header, *buffers]
@@ -74,6 +75,7 @@ def _message(header: Buffer) -> Any:
             header,
             raw=False,
             strict_map_key=True,
+            unicode_errors="surrogateescape",
             max_str_len=MAX_TEXT * 4,
             max_bin_len=MAX_TEXT,
             max_array_len=MAX_ITEMS,

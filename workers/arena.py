@@ -46,7 +46,7 @@ class Arenas:
         total = self.allocated_nbytes + nbytes
         if self.limit is not None and total > self.limit:
             raise CapacityError(
-                f"{self.label}: {label} of {nbytes:,} bytes makes {total:,}, the limit is {self.limit:,}: "
+                f"{label} of {nbytes:,} bytes makes {total:,}, the limit is {self.limit:,}: "
                 f"{total - self.limit:,} bytes short"
             )
         if self.virtual:
@@ -69,7 +69,7 @@ class Arenas:
         else:
             segment = sharedmem.attach(path, nbytes)
             if content.digest(segment.view, ranges) != digest:
-                raise ModelError(f"{path}: {self.label} reads other bytes than the coordinator did")
+                raise ModelError(f"{path}: not the bytes that the coordinator read")
             self.segments[arena] = segment
         self.read_only.add(arena)
 

@@ -6,26 +6,45 @@ import os
 import signal
 import sys
 import threading
+import traceback
 
 import protocol
-from protocol.errors import CrossdockError, Exit
-from protocol.sockets import remove_run_directory
+from protocol.errors import CrossdockError, Exit, ProtocolError
+from protocol.rundir import remove_run_directory
 from workers import config
 from workers.loop import serve
 
 
 def main() -> None:
-    """Serve one run. Exit status: 0, or that of the error, whose line goes to stderr."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the coordinator ends us
+    """Serve one run. Exit status: 0, or that of the error, whose line goes to stderr.
+
+    The coordinator gives the run's directory and the worker's name as arguments, the rest on stdin.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the coordinator ends us
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # sent to stopped workers when it dies: they have to clean up, too
     try:
-        settings = config.parse(sys.stdin.buffer.readline().decode("utf-8", "replace"))
-        _check_protocol()
-        _watch_stdin(settings.run_directory)
-        serve(settings)
+        status = _serve(sys.argv[1] if len(sys.argv) > 1 else "")
     except CrossdockError as error:
         print(f"crossdock worker: {error}", file=sys.stderr, flush=True)
-        os._exit(error.exit)
-    os._exit(Exit.OK)
+        status = error.exit
+    except BaseException:
+        traceback.print_exc()  # its last line becomes our last words
+        status = Exit.INTERNAL
+    if sys.stdout is not None:
+        sys.stdout.flush()
+    os._exit(status)
+
+
+def _serve(directory: str) -> Exit:
+    line = config.read_line()
+    if not line:  # the coordinator died before it could say anything
+        remove_run_directory(directory)
+        raise ProtocolError("the coordinator ended before it sent a configuration")
+    settings = config.parse(line)
+    _check_protocol()
+    _watch_stdin(settings.run_directory)
+    serve(settings)
+    return Exit.OK
 
 
 def _check_protocol() -> None:

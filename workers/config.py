@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 
 from protocol.errors import ProtocolError
@@ -27,10 +28,22 @@ class WorkerConfig:
     token: str
 
 
+_MAX_LINE_NBYTES = 1 << 20
+_WHO = "a worker is started by the coordinator, with its configuration on stdin"
+
+
+def read_line() -> str:
+    """The configuration's line, "" when stdin ends before it does. Raises ProtocolError when nobody would send one."""
+    if sys.stdin is None or sys.stdin.isatty():
+        raise ProtocolError(_WHO)
+    line = sys.stdin.buffer.readline(_MAX_LINE_NBYTES)
+    return line.decode("utf-8", "replace") if line.endswith(b"\n") or len(line) == _MAX_LINE_NBYTES else ""
+
+
 def parse(line: str) -> WorkerConfig:
     """Raises ProtocolError when the line is not a worker's configuration."""
     try:
         plain = json.loads(line)
-    except ValueError:
-        raise ProtocolError("a worker is started by the coordinator, with its configuration on stdin") from None
+    except (ValueError, RecursionError):
+        raise ProtocolError(_WHO) from None
     return from_plain(WorkerConfig, plain, "configuration")

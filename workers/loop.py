@@ -12,12 +12,12 @@ import zmq
 
 from protocol import messages as m
 from protocol.board import Board
-from protocol.errors import CrossdockError, ProtocolError
+from protocol.errors import CapacityError, CrossdockError, ProtocolError
 from protocol.features import SWITCHES, has
 from protocol.limits import MAX_PROGRAMS
 from protocol.ops import Op
 from protocol.program import table_from
-from protocol.sockets import bind, control_client, data_socket, new_context
+from protocol.sockets import Context, bind, connect, control_client, data_socket, new_context
 from protocol.version import MAJOR, MINOR
 from protocol.wire import Buffer, decode, encode
 from workers.arena import Arenas
@@ -34,9 +34,9 @@ def serve(config: WorkerConfig) -> None:
 
     Raises ProtocolError when the coordinator refuses us or speaks something else.
     """
-    context = new_context()
+    context = new_context(config.token if config.transport == "tcp" else "")
     control = control_client(context, f"{config.name}.{config.incarnation}")
-    control.connect(config.endpoint)
+    connect(control, config.endpoint, config.token)
     inbox = data_socket(context, zmq.PULL)
     endpoint = bind(inbox, config.transport, config.run_directory, f"{config.name}.{config.incarnation}")
     features = tuple(name for name in SWITCHES if has(name))
@@ -70,7 +70,7 @@ def _engine(config: WorkerConfig) -> Engine:
 def _plane(
     config: WorkerConfig,
     welcome: m.Welcome,
-    context: zmq.Context[zmq.Socket[bytes]],
+    context: Context,
     inbox: zmq.Socket[bytes],
     board: Board,
 ) -> Plane:
@@ -78,7 +78,7 @@ def _plane(
     if welcome.plane == "shared":
         inbox.close()
         return SignalPlane(board) if virtual else SharedPlane(board)
-    outboxes = open_outboxes(context, welcome.data_endpoints, welcome.index)
+    outboxes = open_outboxes(context, welcome.data_endpoints, welcome.index, config.token)
     return MessagePlane(inbox, outboxes, config.token, virtual=virtual)
 
 
@@ -123,6 +123,8 @@ class _Worker:
                 if answer is None:
                     raise ProtocolError(f"{type(envelope.message).__name__} is no request to a worker")
                 reply = answer(envelope.message, envelope.buffers)
+            except MemoryError:
+                reply = m.Failed(CapacityError.code, f"{self.config.name}: out of memory"), ()
             except CrossdockError as error:
                 print(f"{self.config.name}: {error}", file=sys.stderr, flush=True)
                 reply = m.Failed(error.code, f"{self.config.name}: {error}"[:4000]), ()

@@ -15,7 +15,7 @@ from protocol.board import Board
 from protocol.errors import ProtocolError
 from protocol.messages import PeerArena
 from protocol.program import Instruction, check_range
-from protocol.sockets import data_socket
+from protocol.sockets import Context, connect, data_socket
 
 _HEAD = struct.Struct("<16sQIIQ")  # the run's tag, step, transfer, program, bytes
 
@@ -155,14 +155,14 @@ class MessagePlane:
 
 
 def open_outboxes(
-    context: zmq.Context[zmq.Socket[bytes]], endpoints: Sequence[str], own: int
+    context: Context, endpoints: Sequence[str], own: int, secret: str
 ) -> list[zmq.Socket[bytes] | None]:
     """A PUSH socket to each peer, None at our own index."""
     sockets: list[zmq.Socket[bytes] | None] = []
     for index, endpoint in enumerate(endpoints):
         socket = data_socket(context, zmq.PUSH) if index != own else None
         if socket is not None:
-            socket.connect(endpoint)
+            connect(socket, endpoint, secret)
         sockets.append(socket)
     return sockets
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from protocol.board import Board
+from protocol.board import Board, State
 from protocol.errors import CapacityError, ProtocolError
 from protocol.messages import Done, Port, ProgramMessage
 from protocol.ops import Op
@@ -111,6 +111,9 @@ def _check_instruction(item: Instruction, arenas: Arenas, plane: Plane) -> None:
         plane.check(item)
 
 
+_WAITS = frozenset({Kind.RECV, Kind.WAIT})
+
+
 class Runner:
     """Runs compiled programs one step at a time."""
 
@@ -126,7 +129,8 @@ class Runner:
         self._set_inputs(program.message.inputs, inputs)
         compute = wait = copying = received = 0
         for number, item in enumerate(program.instructions):
-            self.board.show(self.index, step, number, item.split)
+            state = State.WAITING if item.kind in _WAITS else State.BUSY
+            self.board.show(self.index, step, number, item.split, state)
             before = time.perf_counter_ns()
             if item.kind is Kind.RUN:
                 self.engine.run(program.built, item.first, item.last)
@@ -147,6 +151,7 @@ class Runner:
                 copying += time.perf_counter_ns() - before
         outputs = [self.arenas.read(port.arena, port.offset, port.nbytes) for port in program.message.outputs]
         digests = tuple(self._digest(port) for port in program.message.digests)
+        self.board.rest(self.index)
         total = time.perf_counter_ns() - start
         done = Done(program.message.program, step, total, compute, wait, copying, received, digests)
         return done, outputs

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -13,15 +14,19 @@ import zmq
 
 from coordinator.config import Topology
 from coordinator.runtime.process import WorkerProcess
+from coordinator.runtime.signals import Held
+from coordinator.runtime.watch import Watch
 from protocol import messages as m
-from protocol import sockets
-from protocol.board import Board
-from protocol.errors import ProtocolError, WorkerError
+from protocol import rundir, sockets
+from protocol.board import Board, State
+from protocol.errors import CrossdockError, ProtocolError, WorkerError
 from protocol.features import has
 from protocol.version import MAJOR, MINOR
 from protocol.wire import Buffer, Envelope, decode, encode
 
 _POLL_MS = 20
+_GRACE_S = 0.5
+_DEATH_S = 1.0  # between the end of a connection and the end of its process
 START_TIMEOUT_S = 120.0
 STALL_TIMEOUT_S = 60.0
 
@@ -37,37 +42,53 @@ class FleetOptions:
 
 
 class Fleet:
-    """All workers of one run, in device order. Use as a context manager: nothing outlives the block."""
+    """All workers of one run, in device order. Use as a context manager: nothing outlives the block.
+
+    `doing` is what the run is at, for messages to people: "starting", "loading the model", "the vision graph".
+    """
+
+    directory: str
+    context: sockets.Context
+    socket: zmq.Socket[bytes]
+    endpoint: str
+    board: Board
 
     def __init__(self, topology: Topology, options: FleetOptions) -> None:
         self.topology, self.options = topology, options
         shared = options.transport == "ipc" and has("sharedmem")
         self.plane = options.plane or ("shared" if shared else "message")
-        self.directory = sockets.run_directory()
-        self.context = sockets.new_context()
-        self.socket = sockets.control_server(self.context)
         self.processes: list[WorkerProcess] = []
         self.doing = "starting"
-        # Numbers are never used twice in a run: peers map arenas by number, and the board compares steps.
-        self.arena_numbers = [itertools.count(1) for _ in topology.workers]
-        self.program_numbers = itertools.count()
-        self.step_numbers = itertools.count(1)
         self._token = sockets.new_token()
-        self._clean = False
+        self._identities = [f"{name}.0".encode() for name in topology.names]
+        self._index = {identity: i for i, identity in enumerate(self._identities)}
+        self._expected: list[deque[type]] = [deque() for _ in topology.names]
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Fleet:
+        """The fleet, listening; workers are started by `start`. Raises UsageError for a port that is taken."""
         try:
-            self.endpoint = sockets.bind(self.socket, options.transport, self.directory, "control", options.port)
-            self.board = Board.create(self.directory)
+            with Held():
+                self._open()
         except BaseException:
             self.close()
             raise
-
-    def __enter__(self) -> Fleet:
-        """The fleet; workers are started by `start`."""
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._clean = kind is None
-        self.close()
+        self.close(gently=kind is None)
+
+    def _open(self) -> None:
+        tcp = self.options.transport == "tcp"
+        self.directory = rundir.run_directory()
+        self._stack.callback(rundir.remove_run_directory, self.directory)
+        self.board = Board.create(self.directory)
+        self._stack.callback(self.board.segment.close)
+        self.context = sockets.new_context(self._token if tcp else "")
+        self._stack.callback(self.context.term)
+        self.socket = sockets.control_server(self.context)
+        self._stack.callback(self.socket.close)
+        self.endpoint = sockets.bind(self.socket, self.options.transport, self.directory, "control", self.options.port)
 
     def start(self) -> None:
         """Start all workers. Raises WorkerError."""
@@ -78,7 +99,8 @@ class Fleet:
                 "transport": self.options.transport, "plane": self.plane, "run_directory": self.directory,
                 "board": self.board.segment.path, "token": self._token,
             }  # fmt: skip
-            self.processes.append(WorkerProcess.start(spec, configuration, self.directory))
+            with Held():  # no process without an entry in the list
+                self.processes.append(WorkerProcess.start(spec, configuration, self.directory))
 
     def handshake(self) -> None:
         """Wait until every worker has said hello, and welcome them all.
@@ -86,37 +108,49 @@ class Fleet:
         Raises ProtocolError when one speaks another version (it is told), WorkerError when one dies or is too late.
         """
         names = self.topology.names
-        hellos: dict[str, m.Hello] = {}
+        hellos: dict[int, m.Hello] = {}
         deadline = time.monotonic() + START_TIMEOUT_S
         while len(hellos) < len(names):
-            identity, envelope = self._receive(deadline, "a worker's hello")
-            hello = envelope.message
-            if not isinstance(hello, m.Hello) or hello.name not in names or hello.name in hellos:
-                raise ProtocolError(f"expected the hello of a worker, got {type(hello).__name__} from {identity!r}")
-            self._check_hello(identity, hello)
-            hellos[hello.name] = hello
-        endpoints = tuple(hellos[name].data_endpoint for name in names)
+            missing = [i for i in range(len(names)) if i not in hellos]
+            worker, frames = self._receive(missing, deadline)
+            try:
+                hello = decode(frames).message
+                self._check_hello(worker, hello)
+            except ProtocolError as error:
+                self._refuse(worker, str(error))
+                raise ProtocolError(f"{names[worker]}: {error}") from None
+            if hello.token == self._token:
+                hellos[worker] = hello
+            else:  # somebody who took a worker's name: the worker itself is still to come
+                self._refuse(worker, "you were not started by this run")
+        endpoints = tuple(hellos[i].data_endpoint for i in range(len(names)))
         for index in range(len(names)):
             self.send(index, m.Welcome(index, names, endpoints, self.plane))
 
-    def _check_hello(self, identity: bytes, hello: m.Hello) -> None:
-        reason = ""
+    def _check_hello(self, worker: int, hello: object) -> None:
+        if not isinstance(hello, m.Hello):
+            raise ProtocolError(f"expected a hello, got {type(hello).__name__}")
         if (hello.major, hello.minor) != (MAJOR, MINOR):
-            reason = f"{hello.name} speaks protocol {hello.major}.{hello.minor}: expected {MAJOR}.{MINOR}"
-        elif hello.token != self._token or identity.decode("utf-8", "replace") != f"{hello.name}.{hello.incarnation}":
-            reason = f"{hello.name} was not started by this run"
-        if reason:
-            self.socket.send_multipart([identity, *encode(m.Refused(reason))])
-            raise ProtocolError(reason)
+            raise ProtocolError(f"speaks protocol {hello.major}.{hello.minor}: expected {MAJOR}.{MINOR}")
+        if hello.name != self.topology.names[worker]:
+            raise ProtocolError(f"calls itself {hello.name[:40]!r}")
+
+    def _refuse(self, worker: int, reason: str) -> None:
+        with suppress(zmq.ZMQError):
+            self.socket.send_multipart([self._identities[worker], *encode(m.Refused(reason[:1000]))])
 
     def send(self, worker: int, message: Any, buffers: Sequence[Buffer] = ()) -> None:
         """Send to a worker by index. Raises WorkerError when it is gone."""
-        identity = f"{self.topology.names[worker]}.0".encode()
         try:
-            self.socket.send_multipart([identity, *encode(message, buffers)])
+            self.socket.send_multipart([self._identities[worker], *encode(message, buffers)])
         except zmq.ZMQError as error:
+            if worker < len(self.processes):
+                self.processes[worker].wait(_DEATH_S)
             self._check_alive()
             raise WorkerError(f"{self.topology.names[worker]}: cannot be reached: {error.strerror}") from None
+        answer = m.ANSWERS.get(type(message))
+        if answer is not None:
+            self._expected[worker].append(answer)
 
     def request(self, worker: int, message: Any, buffers: Sequence[Buffer] = ()) -> Envelope:
         """Send, and wait for the answer. Raises what the worker failed with, or WorkerError when it dies."""
@@ -124,70 +158,91 @@ class Fleet:
         return self.gather([worker])[worker]
 
     def gather(self, workers: Sequence[int]) -> Mapping[int, Envelope]:
-        """One answer from each of `workers`. Raises as `request`."""
-        index_of = {f"{name}.0".encode(): i for i, name in enumerate(self.topology.names)}
+        """One answer from each of `workers`, of the kind that its request asks for. Raises as `request`.
+
+        The first failure ends it: the others may wait for the worker that failed.
+        """
         missing = set(workers)
         answers: dict[int, Envelope] = {}
         while missing:
-            identity, envelope = self._receive(None, self.doing)
-            worker = index_of.get(identity)
-            if isinstance(envelope.message, m.Failed):
-                raise envelope.message.error()
+            worker, frames = self._receive(missing, None)
+            envelope = self._answer(worker, frames)
             if worker not in missing:
-                raise ProtocolError(f"unexpected {type(envelope.message).__name__} from {identity!r}")
+                raise ProtocolError(f"{self.topology.names[worker]}: answered twice, or to nothing")
             missing.discard(worker)
             answers[worker] = envelope
         return answers
 
-    def _receive(self, deadline: float | None, what: str) -> tuple[bytes, Envelope]:
-        """The next message, while all workers live, go on, and the deadline has not passed."""
-        seen, since = self._activity(), time.monotonic()
-        while not self.socket.poll(_POLL_MS):
+    def _answer(self, worker: int, frames: Sequence[bytes]) -> Envelope:
+        """The answer in frames. Raises what it says when it is `Failed`, ProtocolError when it is not the next one."""
+        name, awaited = self.topology.names[worker], self._expected[worker]
+        try:
+            envelope = decode(frames)
+        except ProtocolError as error:
+            raise ProtocolError(f"{name}: {error}") from None
+        expected = awaited.popleft() if awaited else None
+        if isinstance(envelope.message, m.Failed):
+            raise envelope.message.error()
+        if type(envelope.message) is not expected:
+            wanted = expected.__name__ if expected else "nothing"
+            raise ProtocolError(f"{name}: expected {wanted}, got {type(envelope.message).__name__}")
+        return envelope
+
+    def _receive(self, awaited: Collection[int], deadline: float | None) -> tuple[int, list[bytes]]:
+        """The next message, while all workers live, somebody gets on, and the deadline has not passed."""
+        watch = Watch(self.board, self.processes, awaited)
+        while True:
+            if self.socket.poll(_POLL_MS):
+                identity, *frames = self.socket.recv_multipart()
+                worker = self._index.get(identity)
+                if worker is not None:
+                    return worker, frames
+                continue  # a stranger: not worth an answer, let alone the run
             self._check_alive()
-            now = time.monotonic()
-            if deadline is not None and now > deadline:
-                raise WorkerError(f"no answer within {START_TIMEOUT_S:.0f} s while waiting for {what}")
-            if now - since > min(1.0, self.options.stall_timeout_s):
-                activity = self._activity()
-                if activity != seen:
-                    seen, since = activity, now
-                elif now - since > self.options.stall_timeout_s:
-                    raise WorkerError(f"no worker made progress for {now - since:.0f} s: {self._whereabouts()}")
-        frames = self.socket.recv_multipart()
-        return frames[0], decode(frames[1:])
-
-    def _activity(self) -> tuple[object, ...]:
-        return tuple((self.board.progress(i), p.cpu_seconds()) for i, p in enumerate(self.processes))
-
-    def _whereabouts(self) -> str:
-        return ", ".join(
-            f"{p.spec.name} in split {self.board.progress(i)[2]}" for i, p in enumerate(self.processes)
-        ) + f" of {self.doing}"  # fmt: skip
+            if deadline is not None and time.monotonic() > deadline:
+                late = ", ".join(self.topology.names[i] for i in sorted(awaited))
+                raise WorkerError(f"{late}: no hello within {START_TIMEOUT_S:.0f} s")
+            if watch.idle_s() > self.options.stall_timeout_s:
+                raise WorkerError(
+                    f"no worker made progress for {self.options.stall_timeout_s:g} s {_during(self.doing)}: "
+                    f"{watch.whereabouts()} (--stall-timeout waits longer)"
+                )
 
     def _check_alive(self) -> None:
-        """Raises WorkerError for a worker that died: which, in which split, and its last words."""
+        """Raises WorkerError for a worker that died: which, how, in which split, and its last words."""
         for index, process in enumerate(self.processes):
             how = process.died()
             if how is None:
                 continue
-            step, _, split = self.board.progress(index)
-            where = f" in split {split} of {self.doing}" if step else f" while {self.doing}"
+            progress = self.board.progress(index)
+            where = _during(self.doing)
+            if progress.state is not State.IDLE:
+                where = f"in split {progress.split} of {self.doing}"
             words = process.last_words()
-            raise WorkerError(f"{process.spec.name} {how}{where}" + (f"; its last words: {words}" if words else ""))
+            raise WorkerError(f"{process.spec.name} {how} {where}" + (f"; its last words: {words}" if words else ""))
 
-    def close(self) -> None:
-        """End every worker and remove everything the run left in the file system."""
-        if self._clean:
-            for index in range(len(self.processes)):
-                self.send(index, m.Shutdown())
+    def close(self, *, gently: bool = False) -> None:
+        """End every worker and remove everything the run left in the file system; gently: they may end themselves."""
+        with Held():
+            if gently:
+                self._dismiss()
+            for process in self.processes:
+                process.kill()
+                process.hang_up()
+            for process in self.processes:
+                process.reap()
+            self.processes.clear()
+            self._stack.close()
+
+    def _dismiss(self) -> None:
+        for index in range(len(self.processes)):
+            with suppress(CrossdockError, zmq.ZMQError):
+                self.socket.send_multipart([self._identities[index], *encode(m.Shutdown())])
+        deadline = time.monotonic() + _GRACE_S
         for process in self.processes:
-            if not self._clean:
-                process.process.kill()
-        for process in self.processes:
-            process.end(gently=self._clean)
-        self.processes.clear()
-        self.socket.close(linger=0)
-        self.context.term()
-        if hasattr(self, "board"):
-            self.board.segment.close()
-        sockets.remove_run_directory(self.directory)
+            process.wait(max(0.0, deadline - time.monotonic()))
+
+
+def _during(doing: str) -> str:
+    """`during the vision graph`, `while loading the model`."""
+    return f"during {doing}" if doing.startswith(("the ", "a ")) else f"while {doing}"

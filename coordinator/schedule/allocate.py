@@ -202,15 +202,16 @@ def _allocate(
 def _can_take_over(layout: I64, x: Tasks, u: Uses, t: int, p: int) -> bool:
     """True when node `t` is the only one that still needs `p` and has the same layout.
 
-    The same layout means the same size, so nothing is left over. A view is never taken over: ggml has rules for it, but asks first whether the allocator gave the view itself
-    memory, which it never does.
+    The same layout means the same size, so nothing is left over. A view is never taken over: ggml has rules for it,
+    but asks first whether the allocator gave the view itself memory, which it never does.
     """
     if not u.owned[p] or x.flags[p] & _OUTPUT or u.children[p] != 1 or u.views[p] != 0:
         return False
+    a, b = x.origin[t], x.origin[p]
+    same = True
     for k in range(layout.shape[1]):
-        if layout[x.origin[t], k] != layout[x.origin[p], k]:
-            return False
-    return True
+        same = same and layout[a, k] == layout[b, k]
+    return same
 
 
 @helper

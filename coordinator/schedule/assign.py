@@ -8,14 +8,15 @@ from coordinator.graph.node import Graph
 from coordinator.schedule.arrays import I64, IS_VIEW_OP, NO_BUFFER, GraphArrays, compiled, helper
 from coordinator.schedule.devices import Devices, DeviceTable
 from protocol.errors import PlanError
-from protocol.ops import Flag, Op, Usage
+from protocol.ops import MAX_SRC, Flag, Op, Usage
 
 UNASSIGNED = -1
 
 # Causes, under the labels of ggml's debug builds.
 NO_CAUSE, USER, DST, VIEW_SRC, INPUT, OFFLOAD, SUPPORTED, BEST, UPGRADE, FROM_VIEW, FROM_NODE, WEIGHT = range(12)
-CAUSES = ("", "usr", "1.dst", "1.vsrc", "1.inp", "1.off", "2.sup", "3.best", "3.upg", "4.vsrc", "4.cur") + tuple(
-    f"1.wgt{k}" for k in range(10)
+CAUSES = (
+    *("", "usr", "1.dst", "1.vsrc", "1.inp", "1.off", "2.sup", "3.best", "3.upg", "4.vsrc", "4.cur"),
+    *(f"1.wgt{k}" for k in range(MAX_SRC)),
 )
 """Label of a cause by number; WEIGHT + k says that source k, a weight, decided."""
 
@@ -43,7 +44,8 @@ def assign(graph: Graph, arrays: GraphArrays, devices: Devices, op_offload: bool
         root = tensor if tensor.view_src is None else graph.tensors[tensor.view_src]
         buft = root.buffer.buft if root.buffer else "none"
         raise PlanError(
-            f"pre-allocated tensor ({tensor.name}) in a buffer ({buft}) that cannot run the operation ({tensor.op.name})"
+            f"pre-allocated tensor ({tensor.name}) in a buffer ({buft}) that cannot run the operation"
+            f" ({tensor.op.name})"
         )
     names = ", ".join(d.name for d in devices.devices)
     raise PlanError(f"node {tensor.name!r}: no device supports {tensor.op.name} (devices: {names})")

@@ -42,6 +42,7 @@ def new_heap(n_bufts: int) -> Heap:
 
 @helper
 def padded(nbytes: int, alignment: int) -> int:
+    """`nbytes` rounded up to a multiple of `alignment`, a power of two."""
     return int((nbytes + alignment - 1) & -alignment)
 
 
@@ -93,7 +94,7 @@ def _best_end(heap: Heap, b: int, size: int) -> tuple[int, int]:
 @helper
 def _new_chunk(heap: Heap, b: int, size: int) -> int:
     """Open a chunk of `size` bytes; the last possible one has no limit."""
-    c = heap.n_chunks[b]
+    c = int(heap.n_chunks[b])
     heap.offset[b, c, 0] = 0
     heap.size[b, c, 0] = UNLIMITED if c == MAX_CHUNKS - 1 else size
     heap.n_free[b, c] = 1

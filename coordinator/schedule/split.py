@@ -74,7 +74,14 @@ def split(
             f"tensor {graph.tensors[loose].name!r} is a view of a tensor neither allocated nor part of the graph"
         )
     return SplitArrays(
-        splits[:n_splits], inputs[:n_inputs], *copies[:, :n_made], copy_id, src, graph_inputs[:n_graph_inputs]
+        splits=splits[:n_splits],
+        inputs=inputs[:n_inputs],
+        copy_of=copies[0, :n_made],
+        copy_backend=copies[1, :n_made],
+        copy_index=copies[2, :n_made],
+        copy_id=copy_id,
+        src=src,
+        graph_inputs=graph_inputs[:n_graph_inputs],
     )
 
 

@@ -57,10 +57,10 @@ class GraphMaker:
         self.tensors.append(t)
         return t
 
-    def leaf(self) -> Json:
+    def leaf(self, kind: str | None = None) -> Json:
         """A tensor that nothing computes: an input, a weight, a cache or a plain one."""
         rng = self.rng
-        kind = rng.choice(["input"] * 5 + ["weight"] * 5 + ["any"] * 3 + ["plain"])
+        kind = kind or rng.choice(["input"] * 5 + ["weight"] * 5 + ["any"] * 3 + ["plain"])
         ne = list(rng.choice(SHAPES))
         dtype = rng.choice(["q8_0", "f16"]) if kind == "weight" and ne[0] % 32 == 0 and rng.random() < 0.5 else "f32"
         buffer = None
@@ -159,14 +159,15 @@ class GraphMaker:
             src=[source["id"], target["id"]], view_src=root, view_offs=target["view_offs"],
         )  # fmt: skip
 
-    def sum_up(self) -> None:
-        """A chain that reads everything there is, few tensors at a time."""
+    def sum_up(self) -> list[int]:
+        """A chain that reads everything there is, few tensors at a time; returns its nodes."""
         rng = self.rng
         rest = [t["id"] for t in self.tensors]
         while rest:
             count = rng.choice([1, 1, 2, 9])
             head, rest = rest[:count], rest[count:]
-            self.add(op=rng.choice(["ADD", "CUSTOM"]), ne=[8, 4, 1, 1], src=[*head, self.tensors[-1]["id"]])
+            self.add(op=rng.choice(["ADD", "CUSTOM"]), ne=[8, 4, 1, 1], src=[*head, self.tensors[-1]["id"]][:10])
+        return [t["id"] for t in self.tensors if t["op"] in ("ADD", "CUSTOM")]
 
     def wide(self) -> Json:
         """A node of up to ten sources."""
@@ -212,10 +213,11 @@ def random_graph(rng: random.Random, devices: list[Json]) -> Json:
     """One random graph with its outputs and pins."""
     maker = GraphMaker(rng, devices)
     many = rng.random() < 0.04  # enough inputs to fill a split's list
-    for _ in range(rng.randint(30, 70) if many else rng.randint(1, 5)):
+    for _ in range(rng.randint(1, 5)):
         maker.leaf()
-    if many:
-        maker.sum_up()
+    for _ in range(rng.randint(28, 75) if many else 0):
+        maker.leaf(rng.choice(["input"] * 9 + ["weight"]))
+    chain = maker.sum_up() if many else []
     for _ in range(rng.choice([0, 1, 3, 6, 12, 25, 60])):
         if rng.random() < 0.2:
             maker.leaf()
@@ -229,6 +231,8 @@ def random_graph(rng: random.Random, devices: list[Json]) -> Json:
     pins = {}
     if rng.random() < 0.3:
         pins = {str(rng.choice(tensors)["id"]): rng.randrange(len(devices)) for _ in range(rng.randint(1, 3))}
+    if rng.random() < 0.8:
+        pins |= {str(ident): 0 for ident in chain}
     return {"reserve": False, "reset": True, "tensors": tensors, "expand": expand, "pinned": pins}
 
 

@@ -170,3 +170,20 @@ def test_warming_reports_each_kernel():
     assert {"flash_attention", "binary", "threads"} <= set(names)
     assert len(set(names)) == count
     assert warm.is_warm()
+
+
+def test_one_process_at_a_time_compiles(tmp_path):
+    entered = threading.Event()
+
+    def second():
+        with warm._alone(tmp_path):
+            entered.set()
+
+    with warm._alone(tmp_path):
+        other = threading.Thread(target=second)
+        other.start()
+        assert not entered.wait(0.2)
+    other.join(5)
+    assert entered.is_set()
+    with warm._alone(tmp_path / "missing" / "\0"):
+        pass  # a cache that cannot be written is no error

@@ -110,13 +110,13 @@ row_address = make(_LONG, *[_LONG] * 5)(_emit_row_address)
 
 
 @njit(**INNER)
-def share(n, ith, nth):
+def share(n: int, ith: int, nth: int) -> tuple[int, int]:
     """The part [first, last) of n units of work that thread `ith` of `nth` does."""
     return n * ith // nth, n * (ith + 1) // nth
 
 
 @njit(**INNER)
-def read_float(address, dtype):
+def read_float(address: int, dtype: int) -> float:
     """One element as float32."""
     if dtype == _F32:
         return load_f32(address)
@@ -126,7 +126,7 @@ def read_float(address, dtype):
 
 
 @njit(**INNER)
-def write_float(address, dtype, value):
+def write_float(address: int, dtype: int, value: float) -> None:
     """One float32 as an element."""
     if dtype == _F32:
         store_f32(address, value)
@@ -137,7 +137,7 @@ def write_float(address, dtype, value):
 
 
 @njit(**INNER)
-def fetch(address, step, dtype, n, scratch):
+def fetch(address: int, step: int, dtype: int, n: int, scratch: int) -> int:
     """Address of n elements, `step` bytes apart, as contiguous float32: where they are, or a copy in `scratch`."""
     if step == 4 and dtype == _F32:
         return address
@@ -159,13 +159,13 @@ def fetch(address, step, dtype, n, scratch):
 
 
 @njit(**INNER)
-def place(address, step, dtype, scratch):
+def place(address: int, step: int, dtype: int, scratch: int) -> int:
     """Where to compute a result of the layout given: in place, or in `scratch`, from where `put` takes it."""
     return address if step == 4 and dtype == _F32 else scratch
 
 
 @njit(**INNER)
-def put(source, address, step, dtype, n):
+def put(source: int, address: int, step: int, dtype: int, n: int) -> None:
     """Write n contiguous float32 as elements `step` bytes apart; nothing to do where they are there already."""
     if source == address:
         return

@@ -94,7 +94,7 @@ _apply_gated = loops(
 
 
 @kernel
-def unary(r, ith, nth):
+def unary(r: int, ith: int, nth: int) -> None:
     """AUX: function, elements in a row, rows."""
     code, n0, rows = word(r, row.AUX), word(r, row.AUX + 1), word(r, row.AUX + 2)
     p0, p1 = float_param(r, 0), float_param(r, 1)
@@ -117,7 +117,7 @@ def unary(r, ith, nth):
 
 
 @kernel
-def gated(r, ith, nth):
+def gated(r: int, ith: int, nth: int) -> None:
     """AUX: function, elements in a row, rows, which half of src0 is the gate (-1: all of it, src1 is gated)."""
     code, n0, rows, offset = word(r, row.AUX), word(r, row.AUX + 1), word(r, row.AUX + 2), word(r, row.AUX + 3)
     n1, n2 = extent(r, DST, 1), extent(r, DST, 2)

@@ -66,14 +66,14 @@ def _layout(width: int, padded: int) -> tuple[int, int, int, int]:
 
 
 @njit(**INNER)
-def _clear(address, n):
+def _clear(address: int, n: int) -> None:
     """n floats, a multiple of 8, to zero."""
     for i in range(0, 4 * n, 32):
         store_f32x8(address + i, zero_f32x8())
 
 
 @njit(**INNER)
-def _load_queries(r, work, m0, m, group, head, batch, padded):
+def _load_queries(r: int, work: int, m0: int, m: int, group: int, head: int, batch: int, padded: int) -> None:
     """Scaled queries of rows [m0, m0 + m), zeros behind; empties results and the rows' state."""
     width, step = extent(r, Q, 0), stride(r, Q, 0)
     scale = float_param(r, 0)
@@ -88,14 +88,16 @@ def _load_queries(r, work, m0, m, group, head, batch, padded):
 
 
 @njit(**INNER)
-def _mask_row(r, m, group, head, batch, at):
+def _mask_row(r: int, m: int, group: int, head: int, batch: int, at: int) -> int:
     """Address of the mask of row m from key `at` on."""
     i2, i3 = (head * group + m % group) % extent(r, MASK, 2), batch % extent(r, MASK, 3)
     return row_address(r, MASK, m // group, i2, i3) + at * stride(r, MASK, 0)
 
 
 @njit(**INNER)
-def _open_keys(r, work, m0, m, group, head, batch, at, n):
+def _open_keys(
+    r: int, work: int, m0: int, m: int, group: int, head: int, batch: int, at: int, n: int
+) -> tuple[int, int]:
     """First and last + 1 of the block's n keys that any of the rows may see; (0, 0) if none."""
     best = work + 4 * _OPEN
     for j in range(0, 4 * KEYS, 32):
@@ -120,7 +122,7 @@ def _open_keys(r, work, m0, m, group, head, batch, at, n):
 
 
 @njit(**INNER)
-def _apply_mask(scores, mask, n):
+def _apply_mask(scores: int, mask: int, n: int) -> None:
     """scores += mask; -inf in the mask wins over anything, NaN from memory never written included."""
     low = splat_f32x8(_MINUS_INFINITY)
     whole = n & ~7
@@ -133,7 +135,7 @@ def _apply_mask(scores, mask, n):
 
 
 @njit(**INNER)
-def _to_probabilities(scores, state, results, padded):
+def _to_probabilities(scores: int, state: int, results: int, padded: int) -> None:
     """One row's KEYS scores to exp(score - largest so far); brings the row's sum and results up to that scale."""
     top = load_f32x8(scores)
     for j in range(32, 4 * KEYS, 32):
@@ -159,7 +161,23 @@ def _to_probabilities(scores, state, results, padded):
 
 
 @njit(**INNER)
-def _block(r, work, m0, m, group, head, batch, at, n, first, last, padded, results, keys, values):
+def _block(
+    r: int,
+    work: int,
+    m0: int,
+    m: int,
+    group: int,
+    head: int,
+    batch: int,
+    at: int,
+    n: int,
+    first: int,
+    last: int,
+    padded: int,
+    results: int,
+    keys: int,
+    values: int,
+) -> None:
     """One block of n keys from key `at` on, of which [first, last) count, for rows [m0, m0 + m)."""
     width = extent(r, Q, 0)
     scores = work + 4 * _SCORES
@@ -187,7 +205,9 @@ def _block(r, work, m0, m, group, head, batch, at, n, first, last, padded, resul
 
 
 @njit(**INNER)
-def _store_results(r, work, m0, m, group, head, batch, padded, results):
+def _store_results(
+    r: int, work: int, m0: int, m: int, group: int, head: int, batch: int, padded: int, results: int
+) -> None:
     """Results divided by the rows' sums; zeros for a row that saw no key."""
     width = extent(r, DST, 0)
     whole = width & ~7
@@ -204,7 +224,7 @@ def _store_results(r, work, m0, m, group, head, batch, padded, results):
 
 
 @kernel
-def flash_attention(r, ith, nth):
+def flash_attention(r: int, ith: int, nth: int) -> None:
     """AUX: padded width of the values, offsets of results and keys, bytes of scratch per thread."""
     padded, room = word(r, row.AUX), word(r, row.AUX + 3)
     work = word(r, row.WORK) + ith * room

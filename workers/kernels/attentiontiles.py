@@ -78,7 +78,7 @@ _turn_f32 = make(types.void, *[_ADDRESS] * 3)(lambda b, *values: _emit_turn(b, F
 
 
 @njit(**INNER)
-def pack_keys(keys, step, dtype, n, width, panel):
+def pack_keys(keys: int, step: int, dtype: int, n: int, width: int, panel: int) -> None:
     """n <= KEYS rows of `width` elements, `step` bytes apart, to panel[width][KEYS]; absent keys are zeros."""
     whole = n & ~7 if width % 8 == 0 else 0
     size = 2 if dtype == _F16 else 4
@@ -97,7 +97,7 @@ def pack_keys(keys, step, dtype, n, width, panel):
 
 
 @njit(**INNER)
-def pack_values(values, step, dtype, n, width, padded, panel):
+def pack_values(values: int, step: int, dtype: int, n: int, width: int, padded: int, panel: int) -> None:
     """n rows of `width` elements to panel[n][padded], zeros behind each row."""
     size = 2 if dtype == _F16 else 4
     whole = width & ~7

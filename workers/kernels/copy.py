@@ -46,7 +46,7 @@ _GRAIN = 64
 
 
 @njit(**INNER)
-def move(source, source_step, target, target_step, size, n):
+def move(source: int, source_step: int, target: int, target_step: int, size: int, n: int) -> None:
     """Copy n elements of `size` (1, 2, 4 or 8) bytes, the steps in bytes from one to the next."""
     if source_step == size and target_step == size:
         nbytes = n * size
@@ -70,7 +70,7 @@ def move(source, source_step, target, target_step, size, n):
 
 
 @njit(**INNER)
-def _locate(r, operand, i, flat):
+def _locate(r: int, operand: int, i: int, flat: int) -> tuple[int, int]:
     """Address of element i in row-major order, and how many elements follow in the same row."""
     n0, step = extent(r, operand, 0), stride(r, operand, 0)
     if flat:
@@ -81,7 +81,9 @@ def _locate(r, operand, i, flat):
 
 
 @njit(**INNER)
-def _convert(source, a_step, a_type, target, o_step, o_type, n, scratch):
+def _convert(
+    source: int, a_step: int, a_type: int, target: int, o_step: int, o_type: int, n: int, scratch: int
+) -> None:
     """Copy n floats from one type to another."""
     for at in range(0, n, SEGMENT):
         size = min(SEGMENT, n - at)
@@ -93,7 +95,7 @@ def _convert(source, a_step, a_type, target, o_step, o_type, n, scratch):
 
 
 @kernel
-def copy(r, ith, nth):
+def copy(r: int, ith: int, nth: int) -> None:
     """AUX: elements, bytes of an element (0: types differ), 1 for a contiguous source + 2 for a contiguous result."""
     total, size, flat = word(r, row.AUX), word(r, row.AUX + 1), word(r, row.AUX + 2)
     a_type, a_step = word(r, A + row.DTYPE), stride(r, A, 0)

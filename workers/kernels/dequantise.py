@@ -22,7 +22,7 @@ _byte = make(types.int64, address)(lambda b, where: b.zext(load(b, where, I8), I
 
 
 @njit(**INNER)
-def _four_bits(out, quants, fifth, d, m, zero):
+def _four_bits(out: int, quants: int, fifth: int, d: float, m: float, zero: int) -> None:
     """32 values (q - zero) * d + m: 16 bytes at `quants` of two nibbles each, fifth bits in `fifth`."""
     for j in range(16):
         q = _byte(quants + j)
@@ -33,7 +33,7 @@ def _four_bits(out, quants, fifth, d, m, zero):
 
 
 @njit(**INNER)
-def _scale_and_min(scales, k):
+def _scale_and_min(scales: int, k: int) -> tuple[int, int]:
     """The k-th of eight pairs of six bits in twelve bytes."""
     if k < 4:
         return _byte(scales + k) & 63, _byte(scales + k + 4) & 63
@@ -43,7 +43,7 @@ def _scale_and_min(scales, k):
 
 
 @njit(**INNER)
-def _q45_k(block, out, five):
+def _q45_k(block: int, out: int, five: int) -> None:
     """d f16 | dmin f16 | 12 bytes of scales | (five) 32 bytes of fifth bits | 128 bytes of nibbles.
 
     `five` is 1 or 0 and masks the fifth bit: a branch on it here was compiled wrongly by LLVM 22 at -O3.
@@ -61,7 +61,7 @@ def _q45_k(block, out, five):
 
 
 @njit(**INNER)
-def _q6_k(block, out):
+def _q6_k(block: int, out: int) -> None:
     """128 bytes of lower nibbles | 64 bytes of upper two bits | 16 x i8 scales | d f16."""
     d = load_f16(block + 208)
     for i in range(256):
@@ -73,7 +73,7 @@ def _q6_k(block, out):
 
 
 @njit(**INNER)
-def dequantise(dtype, blocks, n, out):
+def dequantise(dtype: int, blocks: int, n: int, out: int) -> None:
     """n values (a multiple of the block) from consecutive blocks to floats at `out`."""
     none = float32(0.0)
     if dtype in (_Q4_K, _Q5_K):

@@ -51,7 +51,7 @@ _combine = loops(
 
 
 @njit(**INNER)
-def _fetch_second(r, i1, i2, i3, at, n, mode, scratch):
+def _fetch_second(r: int, i1: int, i2: int, i3: int, at: int, n: int, mode: int, scratch: int) -> int:
     """The piece [at, at + n) of the second operand's row, as the loops want it."""
     base = row_address(r, B, i1 % extent(r, B, 1), i2 % extent(r, B, 2), i3 % extent(r, B, 3))
     dtype, step = word(r, B + row.DTYPE), stride(r, B, 0)
@@ -67,7 +67,7 @@ def _fetch_second(r, i1, i2, i3, at, n, mode, scratch):
 
 
 @kernel
-def binary(r, ith, nth):
+def binary(r: int, ith: int, nth: int) -> None:
     """AUX: op code, how b repeats in a row, elements in a row, rows (flattened where layouts allow)."""
     code, mode = word(r, row.AUX), word(r, row.AUX + 1)
     n0, rows = word(r, row.AUX + 2), word(r, row.AUX + 3)

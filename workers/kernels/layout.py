@@ -43,7 +43,7 @@ _MOVABLE = frozenset({DType.F32, DType.F16, DType.BF16, DType.I32})
 
 
 @njit(**INNER)
-def _clear(target, step, size, n):
+def _clear(target: int, step: int, size: int, n: int) -> None:
     """Write n zeros of `size` bytes."""
     for i in range(n):
         if size == 4:
@@ -54,7 +54,7 @@ def _clear(target, step, size, n):
 
 
 @kernel
-def concat(r, ith, nth):
+def concat(r: int, ith: int, nth: int) -> None:
     """AUX: axis, rows, bytes of an element."""
     axis, rows, size = word(r, row.AUX), word(r, row.AUX + 1), word(r, row.AUX + 2)
     n0, n1, n2 = extent(r, DST, 0), extent(r, DST, 1), extent(r, DST, 2)
@@ -78,7 +78,7 @@ def concat(r, ith, nth):
 
 
 @kernel
-def window(r, ith, nth):
+def window(r: int, ith: int, nth: int) -> None:
     """AUX: rows, bytes of an element. The source's first elements along each axis, zeros where there are none."""
     rows, size = word(r, row.AUX), word(r, row.AUX + 1)
     n0, n1, n2 = extent(r, DST, 0), extent(r, DST, 1), extent(r, DST, 2)
@@ -94,7 +94,7 @@ def window(r, ith, nth):
 
 
 @kernel
-def repeat(r, ith, nth):
+def repeat(r: int, ith: int, nth: int) -> None:
     """AUX: rows, bytes of an element."""
     rows, size = word(r, row.AUX), word(r, row.AUX + 1)
     n0, n1, n2 = extent(r, DST, 0), extent(r, DST, 1), extent(r, DST, 2)
@@ -109,7 +109,7 @@ def repeat(r, ith, nth):
 
 
 @kernel
-def acc(r, ith, nth):
+def acc(r: int, ith: int, nth: int) -> None:
     """AUX: rows of src1. Adds them to the part of dst that the op's parameters name."""
     n0, n1, n2 = extent(r, B, 0), extent(r, B, 1), extent(r, B, 2)
     step = stride(r, B, 0)
@@ -128,7 +128,7 @@ def acc(r, ith, nth):
 
 
 @njit(**INNER)
-def _patch_row(r, image, x, y, o, width):
+def _patch_row(r: int, image: int, x: int, y: int, o: int, width: int) -> None:
     """One channel's window at (x, y), kernel rows one after the other; outside of the image are zeros."""
     kw, kh = extent(r, A, 0), extent(r, A, 1)
     iw, ih = extent(r, B, 0), extent(r, B, 1)
@@ -146,7 +146,7 @@ def _patch_row(r, image, x, y, o, width):
 
 
 @kernel
-def im2col(r, ith, nth):
+def im2col(r: int, ith: int, nth: int) -> None:
     """AUX: rows of the result, one per output pixel."""
     n1, n2 = extent(r, DST, 1), extent(r, DST, 2)
     area, channels = extent(r, A, 0) * extent(r, A, 1), extent(r, A, 2)

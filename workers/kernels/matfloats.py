@@ -25,6 +25,7 @@ from workers.kernels.emit import (
     i16x8,
     load,
     load_part,
+    prefetch_line,
     shuffle,
     store,
     store_part,
@@ -88,8 +89,18 @@ def _tile(
                 b.store(fma(b, weights, value, b.load(sums[c][r])), sums[c][r])
 
     whole, rest = b.ashr(k, const(I64, 3)), b.and_(k, const(I64, 7))
-    with cgutils.for_range(b, whole) as loop:
-        step(loop.index, None)
+    fours = const(I64, 0)
+    if shape[1] == 1:  # weights are used once: ask for the next rows, line by line
+        fours, ahead = b.and_(whole, const(I64, -4)), b.mul(w_stride, const(I64, shape[0]))
+        with cgutils.for_range_slice(b, const(I64, 0), fours, const(I64, 4), I64) as (index, _):
+            nbytes = 8 * pair[0].block_nbytes
+            for start in starts_w:
+                for line in range(0, 4 * nbytes, 64):
+                    prefetch_line(b, b.add(b.add(start, ahead), b.mul(index, const(I64, nbytes))), line)
+            for i in range(4):
+                step(b.add(index, const(I64, i)), None)
+    with cgutils.for_range_slice(b, fours, whole, const(I64, 1), I64) as (index, _):
+        step(index, None)
     with b.if_then(b.icmp_signed(">", rest, const(I64, 0)), likely=False):
         step(whole, rest)
     for c, column in enumerate(sums):

@@ -49,8 +49,6 @@ ROWS, COLUMNS = 8, 4
 
 STRIP = 32
 """Blocks of eight rows whose exact sums are kept before they are added up: 16 KB at most."""
-AHEAD_NBYTES = 2048
-"""How far ahead weights are asked for."""
 
 Values = list[ir.Value]
 
@@ -184,7 +182,7 @@ def _dot_rows(
     blocks = b.udiv(k, const(I64, form.block))
     total = cgutils.alloca_once_value(b, const(f32x8.ir, 0.0))
     strip = _Strip(b, form)
-    ahead = b.mul(stride, const(I64, ROWS)) if AHEAD_NBYTES < 0 else const(I64, AHEAD_NBYTES)
+    ahead = b.mul(stride, const(I64, ROWS))  # the next eight rows are asked for while these are used
     with cgutils.for_range_slice(b, const(I64, 0), blocks, const(I64, STRIP), I64) as (start, _):
         left = b.sub(blocks, start)
         length = b.select(b.icmp_signed("<", left, const(I64, STRIP)), left, const(I64, STRIP))

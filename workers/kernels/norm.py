@@ -32,7 +32,7 @@ DST, A = row.DST, row.SRC[0]
 
 
 @njit(**INNER)
-def _sum(a, n):
+def _sum(a: int, n: int) -> float:
     """Sum of n floats in 32 lanes."""
     s0, s1, s2, s3 = zero_f32x8(), zero_f32x8(), zero_f32x8(), zero_f32x8()
     i = 0
@@ -51,7 +51,7 @@ def _sum(a, n):
 
 
 @njit(**INNER)
-def _sum_squares(a, n, mean):
+def _sum_squares(a: int, n: int, mean: float) -> float:
     """Sum of (a[i] - mean)**2 in 32 lanes."""
     m = splat_f32x8(mean)
     s0, s1, s2, s3 = zero_f32x8(), zero_f32x8(), zero_f32x8(), zero_f32x8()
@@ -74,7 +74,7 @@ def _sum_squares(a, n, mean):
 
 
 @njit(**INNER)
-def _shift_scale(a, o, n, mean, factor):
+def _shift_scale(a: int, o: int, n: int, mean: float, factor: float) -> None:
     """o[i] = (a[i] - mean) * factor."""
     m, f = splat_f32x8(mean), splat_f32x8(factor)
     whole = n & ~7
@@ -86,7 +86,7 @@ def _shift_scale(a, o, n, mean, factor):
 
 
 @kernel
-def norm(r, ith, nth):
+def norm(r: int, ith: int, nth: int) -> None:
     """AUX: 1 to subtract the mean (NORM), 0 to leave it (RMS_NORM); rows."""
     centred, rows, eps = word(r, row.AUX), word(r, row.AUX + 1), float64(float_param(r, 0))
     n, n1, n2 = extent(r, DST, 0), extent(r, DST, 1), extent(r, DST, 2)
@@ -103,7 +103,7 @@ def norm(r, ith, nth):
 
 
 @kernel
-def sum_rows(r, ith, nth):
+def sum_rows(r: int, ith: int, nth: int) -> None:
     """AUX: rows."""
     n, n1, n2 = extent(r, A, 0), extent(r, A, 1), extent(r, A, 2)
     first, last = share(word(r, row.AUX), ith, nth)

@@ -43,7 +43,7 @@ _MODES = (0, _NEOX)
 
 
 @njit(**INNER)
-def _angles(r, position, n_dims, mode, cos, sin):
+def _angles(r: int, position: float, n_dims: int, mode: int, cos: int, sin: int) -> None:
     """Fill the tables of a position, in float64 but for the result.
 
     Mode 0: n_dims values each, one per element, the sine's sign turned for the first of a pair; mode 2: n_dims / 2
@@ -71,7 +71,7 @@ def _angles(r, position, n_dims, mode, cos, sin):
 
 
 @njit(**INNER)
-def _rotate_neighbours(a, o, n, cos, sin):
+def _rotate_neighbours(a: int, o: int, n: int, cos: int, sin: int) -> None:
     """Pairs (2i, 2i + 1)."""
     whole = n & ~7
     for i in range(0, 4 * whole, 32):
@@ -86,7 +86,7 @@ def _rotate_neighbours(a, o, n, cos, sin):
 
 
 @njit(**INNER)
-def _rotate_halves(a, o, half, cos, sin):
+def _rotate_halves(a: int, o: int, half: int, cos: int, sin: int) -> None:
     """Pairs (i, i + half)."""
     far = 4 * half
     whole = half & ~7
@@ -103,7 +103,7 @@ def _rotate_halves(a, o, half, cos, sin):
 
 
 @kernel
-def rope(r, ith, nth):
+def rope(r: int, ith: int, nth: int) -> None:
     """AUX: rows, bytes of scratch per thread."""
     rows, room = word(r, row.AUX), word(r, row.AUX + 1)
     n_dims, mode = int_param(r, 1), int_param(r, 2)

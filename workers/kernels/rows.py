@@ -39,14 +39,14 @@ _STRIPE = 64
 
 
 @njit(**INNER)
-def _index(r, i, j, k):
+def _index(r: int, i: int, j: int, k: int) -> int:
     """An element of the indices."""
     at = row_address(r, INDEX, j, k, 0) + i * stride(r, INDEX, 0)
     return int(load_i32(at)) if word(r, INDEX + row.DTYPE) == _I32 else load_i64(at)
 
 
 @kernel
-def get_rows(r, ith, nth):
+def get_rows(r: int, ith: int, nth: int) -> None:
     """AUX: rows, elements per block, bytes per block. A row outside of the table reads as NaN."""
     rows, block, block_nbytes = word(r, row.AUX), word(r, row.AUX + 1), word(r, row.AUX + 2)
     dtype = word(r, A + row.DTYPE)
@@ -73,7 +73,7 @@ def get_rows(r, ith, nth):
 
 
 @kernel
-def set_rows(r, ith, nth):
+def set_rows(r: int, ith: int, nth: int) -> None:
     """AUX: stripes of columns. Threads share columns, so that of two rows with one index always the later one stays."""
     n0, n1, n2, n3 = extent(r, A, 0), extent(r, A, 1), extent(r, A, 2), extent(r, A, 3)
     o_type, o_step = word(r, DST + row.DTYPE), stride(r, DST, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numba import float32, njit
@@ -49,7 +50,7 @@ _MINUS_INFINITY = np.float32(-np.inf)
 
 
 @njit(**INNER)
-def _scaled(a, mask, o, n, scale, top):
+def _scaled(a: int, mask: int, o: int, n: int, scale: float, top: Any) -> Any:
     """o[i] = a[i] * scale + mask[i] (no mask: address 0); returns the larger of `top` and each lane's largest."""
     factor = splat_f32x8(scale)
     whole = n & ~7
@@ -69,7 +70,7 @@ def _scaled(a, mask, o, n, scale, top):
 
 
 @njit(**INNER)
-def _exponentials(o, n, top):
+def _exponentials(o: int, n: int, top: float) -> float:
     """o[i] = exp(o[i] - top); returns their sum."""
     t = splat_f32x8(top)
     s0, s1 = zero_f32x8(), zero_f32x8()
@@ -95,7 +96,7 @@ def _exponentials(o, n, top):
 
 
 @njit(**INNER)
-def _times(o, n, factor):
+def _times(o: int, n: int, factor: float) -> None:
     f = splat_f32x8(factor)
     whole = n & ~7
     for i in range(0, 4 * whole, 32):
@@ -105,7 +106,7 @@ def _times(o, n, factor):
 
 
 @kernel
-def soft_max(r, ith, nth):
+def soft_max(r: int, ith: int, nth: int) -> None:
     """AUX: rows. A row in which everything is masked becomes zeros."""
     scale, masked = float_param(r, 0), word(r, MASK) != 0
     n, n1, n2 = extent(r, DST, 0), extent(r, DST, 1), extent(r, DST, 2)
@@ -132,7 +133,7 @@ def soft_max(r, ith, nth):
 
 
 @kernel
-def diag_mask_inf(r, ith, nth):
+def diag_mask_inf(r: int, ith: int, nth: int) -> None:
     """AUX: rows. Elements beyond n_past + row become -inf, the others are copied."""
     n_past = int_param(r, 0)
     n, n1, n2 = extent(r, DST, 0), extent(r, DST, 1), extent(r, DST, 2)

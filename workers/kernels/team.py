@@ -7,15 +7,13 @@ import sys
 
 from llvmlite import ir
 from numba import njit, types
-from numba.core import cgutils
-from numba.extending import intrinsic
 
 from workers.kernels import row
 from workers.kernels.access import INNER
+from workers.kernels.emit import I32, I64, call
+from workers.kernels.simd import load_i64, make
 from workers.kernels.stage import OPTIONS
 
-_I32 = ir.IntType(32)
-_I64 = ir.IntType(64)
 _LONG = types.int64
 _X86 = platform.machine().lower() in ("x86_64", "amd64")
 
@@ -44,78 +42,42 @@ _syscall = types.ExternalFunction("syscall", _LONG(_LONG, _LONG, _LONG, _LONG, _
 _usleep = types.ExternalFunction("usleep", types.int32(types.uint32))
 
 
-@intrinsic
-def load_i32(typingctx, address):
-    """Read 32 bits with acquire order."""
-
-    def codegen(context, builder, signature, args):
-        pointer = builder.inttoptr(args[0], _I32.as_pointer())
-        return builder.sext(builder.load_atomic(pointer, "acquire", 4), _I64)
-
-    return _LONG(_LONG), codegen
+def _pointer(b: ir.IRBuilder, where: ir.Value) -> ir.Value:
+    return b.inttoptr(where, I32.as_pointer())
 
 
-@intrinsic
-def store_i32(typingctx, address, value):
-    """Write 32 bits, ordered against everything: a sleeper's count is read right after a store."""
-
-    def codegen(context, builder, signature, args):
-        pointer = builder.inttoptr(args[0], _I32.as_pointer())
-        builder.store_atomic(builder.trunc(args[1], _I32), pointer, "seq_cst", 4)
-        return context.get_dummy_value()
-
-    return types.void(_LONG, _LONG), codegen
+def _emit_store(b: ir.IRBuilder, where: ir.Value, value: ir.Value) -> None:
+    b.store_atomic(b.trunc(value, I32), _pointer(b, where), "seq_cst", 4)
 
 
-@intrinsic
-def add_i32(typingctx, address, value):
-    """Add to 32 bits atomically and return what was there before."""
-
-    def codegen(context, builder, signature, args):
-        pointer = builder.inttoptr(args[0], _I32.as_pointer())
-        old = builder.atomic_rmw("add", pointer, builder.trunc(args[1], _I32), "seq_cst")
-        return builder.sext(old, _I64)
-
-    return _LONG(_LONG, _LONG), codegen
+def _emit_add(b: ir.IRBuilder, where: ir.Value, value: ir.Value) -> ir.Value:
+    return b.sext(b.atomic_rmw("add", _pointer(b, where), b.trunc(value, I32), "seq_cst"), I64)
 
 
-@intrinsic
-def load_i64(typingctx, address):
-    """Read 64 bits."""
-
-    def codegen(context, builder, signature, args):
-        return builder.load(builder.inttoptr(args[0], _I64.as_pointer()), align=8)
-
-    return _LONG(_LONG), codegen
+def _emit_pause(b: ir.IRBuilder) -> None:
+    if _X86:
+        call(b, "llvm.x86.sse2.pause", ir.VoidType(), [])
 
 
-@intrinsic
-def pause(typingctx):
-    """Tell the core that this thread is polling."""
-
-    def codegen(context, builder, signature, args):
-        if _X86:
-            kind = ir.FunctionType(ir.VoidType(), [])
-            builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.sse2.pause"), [])
-        return context.get_dummy_value()
-
-    return types.void(), codegen
+def _emit_call(b: ir.IRBuilder, kernel: ir.Value, *args: ir.Value) -> None:
+    kind = ir.FunctionType(ir.VoidType(), [I64] * len(args))
+    b.call(b.inttoptr(kernel, kind.as_pointer()), args)
 
 
-@intrinsic
-def call_kernel(typingctx, kernel, row_address, ith, nth):
-    """Call the `void(int64, int64, int64)` function at an address."""
-
-    def codegen(context, builder, signature, args):
-        kind = ir.FunctionType(ir.VoidType(), [_I64, _I64, _I64])
-        builder.call(builder.inttoptr(args[0], kind.as_pointer()), list(args[1:]))
-        return context.get_dummy_value()
-
-    return types.void(_LONG, _LONG, _LONG, _LONG), codegen
+load_i32 = make(_LONG, _LONG)(lambda b, where: b.sext(b.load_atomic(_pointer(b, where), "acquire", 4), I64))
+"""load_i32(address): 32 bits, with acquire order."""
+store_i32 = make(types.void, _LONG, _LONG)(_emit_store)
+"""store_i32(address, value): 32 bits, ordered against everything."""
+add_i32 = make(_LONG, _LONG, _LONG)(_emit_add)
+"""add_i32(address, value): add to 32 bits atomically; what was there before."""
+pause = make(types.void)(_emit_pause)
+"""Tell the core that this thread is polling."""
+call_kernel = make(types.void, *[_LONG] * 4)(_emit_call)
+"""call_kernel(kernel, row, ith, nth): call the kernel at an address."""
 
 
 @njit(**INNER)
-def _sleep(address, seen, sleepers, futex):
+def _sleep(address: int, seen: int, sleepers: int, futex: int) -> None:
     """Sleep until the word at `address` is no longer `seen`; `sleepers` counts who has to be woken."""
     if futex == 0:
         while load_i32(address) == seen:
@@ -128,13 +90,13 @@ def _sleep(address, seen, sleepers, futex):
 
 
 @njit(**INNER)
-def _wake(address, sleepers, futex):
+def _wake(address: int, sleepers: int, futex: int) -> None:
     if futex != 0 and load_i32(sleepers) > 0:
         _syscall(futex, address, _WAKE, 0x7FFFFFFF, 0, 0, 0)
 
 
 @njit(**INNER)
-def _await_change(address, seen, sleepers, futex):
+def _await_change(address: int, seen: int, sleepers: int, futex: int) -> None:
     """Poll for a while, then sleep, until the word at `address` is no longer `seen`."""
     for _ in range(SPINS):
         if load_i32(address) != seen:
@@ -144,7 +106,7 @@ def _await_change(address, seen, sleepers, futex):
 
 
 @njit(**INNER)
-def barrier(control, nth, futex):
+def barrier(control: int, nth: int, futex: int) -> None:
     """Return when all `nth` threads have called."""
     phase = load_i32(control + 4 * PHASE)
     if add_i32(control + 4 * ARRIVED, 1) == nth - 1:
@@ -156,7 +118,7 @@ def barrier(control, nth, futex):
 
 
 @njit(**INNER)
-def walk(table, first, last, ith, nth, control, futex):
+def walk(table: int, first: int, last: int, ith: int, nth: int, control: int, futex: int) -> None:
     """Run rows [first, last) as thread `ith` of `nth`."""
     for i in range(first, last):
         address = table + i * row.NBYTES
@@ -166,14 +128,14 @@ def walk(table, first, last, ith, nth, control, futex):
 
 
 @njit(**OPTIONS)
-def ring(control, futex):
+def ring(control: int, futex: int) -> None:
     """Tell the helpers that there is a job, or that STOP is set."""
     add_i32(control + 4 * JOB, 1)
     _wake(control + 4 * JOB, control + 4 * IDLE, futex)
 
 
 @njit(**OPTIONS)
-def lead(table, first, last, nth, control, futex):
+def lead(table: int, first: int, last: int, nth: int, control: int, futex: int) -> None:
     """The calling thread's part of a job: wake the helpers in `help_out`, and leave when all are through.
 
     The job's fields are written by the caller (TABLE, FIRST, LAST). With `nth` 1 there is neither barrier nor wake-up.
@@ -186,14 +148,14 @@ def lead(table, first, last, nth, control, futex):
 
 
 @njit(**OPTIONS)
-def help_once(table, first, last, ith, nth, control, futex):
+def help_once(table: int, first: int, last: int, ith: int, nth: int, control: int, futex: int) -> None:
     """A helper's part of one job."""
     walk(table, first, last, ith, nth, control, futex)
     barrier(control, nth, futex)
 
 
 @njit(**OPTIONS)
-def help_out(control, ith, nth, futex):
+def help_out(control: int, ith: int, nth: int, futex: int) -> None:
     """A helper's life with a futex: job after job until STOP, asleep in between."""
     seen = 0
     while True:

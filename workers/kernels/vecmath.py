@@ -14,8 +14,6 @@ from llvmlite import ir
 from workers.kernels.emit import call, const, f32x8, fma, i32x8, shuffle
 from workers.kernels.simd import make
 
-Value = ir.Value
-
 _LOG2E = 1.4426950408889634
 _LN2_UPPER = 0.693145751953125  # 16 bits: its product with an exponent is exact
 _LN2_LOWER = 1.4286068203094172e-06
@@ -39,20 +37,20 @@ def _c(value: float) -> ir.Constant:
     return const(f32x8.ir, value)
 
 
-def _polynomial(b: ir.IRBuilder, x: Value, coefficients: tuple[float, ...]) -> Value:
+def _polynomial(b: ir.IRBuilder, x: ir.Value, coefficients: tuple[float, ...]) -> ir.Value:
     """Horner's scheme."""
-    value: Value = _c(coefficients[-1])
+    value: ir.Value = _c(coefficients[-1])
     for coefficient in reversed(coefficients[:-1]):
         value = fma(b, value, x, _c(coefficient))
     return value
 
 
-def _power_of_two(b: ir.IRBuilder, exponent: Value) -> Value:
+def _power_of_two(b: ir.IRBuilder, exponent: ir.Value) -> ir.Value:
     biased = b.add(exponent, const(i32x8.ir, 127))
     return b.bitcast(b.shl(biased, const(i32x8.ir, 23)), f32x8.ir)
 
 
-def emit_exp(b: ir.IRBuilder, x: Value) -> Value:
+def emit_exp(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
     """e**x. The power of two is applied in two factors, so that results may be denormal or infinite."""
     lost = b.fcmp_ordered("<", x, _c(-103.97208))
     x = b.select(lost, _c(-104.0), x)
@@ -69,12 +67,12 @@ def emit_exp(b: ir.IRBuilder, x: Value) -> Value:
     return b.fmul(value, _power_of_two(b, b.sub(exponent, half)))
 
 
-def emit_sigmoid(b: ir.IRBuilder, x: Value) -> Value:
+def emit_sigmoid(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
     """1 / (1 + e**-x)."""
     return b.fdiv(_c(1.0), b.fadd(_c(1.0), emit_exp(b, b.fneg(x))))
 
 
-def emit_tanh(b: ir.IRBuilder, x: Value) -> Value:
+def emit_tanh(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
     """Near 0 a polynomial, else 1 - 2 / (e**2|x| + 1)."""
     size = call(b, "llvm.fabs.v8f32", f32x8.ir, [x])
     far = b.fadd(emit_exp(b, b.fadd(size, size)), _c(1.0))
@@ -85,7 +83,7 @@ def emit_tanh(b: ir.IRBuilder, x: Value) -> Value:
     return b.select(b.fcmp_ordered("<", size, _c(0.625)), near, far)
 
 
-def emit_phi(b: ir.IRBuilder, x: Value) -> Value:
+def emit_phi(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
     """(1 + erf(x / sqrt(2))) / 2 by erfc of the absolute value, so that it stays precise far below 0."""
     size = b.fmul(call(b, "llvm.fabs.v8f32", f32x8.ir, [x]), _c(0.7071067811865476))
     t = b.fdiv(_c(1.0), fma(b, size, _c(0.5), _c(1.0)))
@@ -95,23 +93,23 @@ def emit_phi(b: ir.IRBuilder, x: Value) -> Value:
     return b.select(b.fcmp_ordered("<", x, _c(0.0)), lower, b.fsub(_c(1.0), lower))
 
 
-def emit_silu(b: ir.IRBuilder, x: Value) -> Value:
+def emit_silu(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
     """x * sigmoid(x)."""
     return b.fdiv(x, b.fadd(_c(1.0), emit_exp(b, b.fneg(x))))
 
 
-def emit_gelu(b: ir.IRBuilder, x: Value) -> Value:
+def emit_gelu(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
     """The tanh form, as x * sigmoid(2u), u = sqrt(2 / pi) * (x + 0.044715 x**3)."""
     u = b.fmul(b.fmul(x, _c(-1.5957691216057308)), fma(b, b.fmul(x, x), _c(0.044715), _c(1.0)))
     return b.fdiv(x, b.fadd(_c(1.0), emit_exp(b, u)))
 
 
-def emit_gelu_erf(b: ir.IRBuilder, x: Value) -> Value:
+def emit_gelu_erf(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
     """x * phi(x)."""
     return b.fmul(x, emit_phi(b, x))
 
 
-def emit_gelu_quick(b: ir.IRBuilder, x: Value) -> Value:
+def emit_gelu_quick(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
     """x * sigmoid(1.702 x)."""
     return b.fdiv(x, b.fadd(_c(1.0), emit_exp(b, b.fmul(x, _c(-1.702)))))
 
