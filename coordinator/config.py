@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from protocol.errors import UsageError
-from protocol.limits import MAX_WORKERS
+from protocol.limits import MAX_ARENA_NBYTES, MAX_WORKERS
 from protocol.ops import Op
 
 KINDS = ("cpu", "accel", "null")
 MAX_THREADS = 256
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KiB|MiB|GiB|TiB)?", re.IGNORECASE)
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(B|KiB|MiB|GiB|TiB)?", re.IGNORECASE)
+_NUMBER = re.compile(r"[0-9]{1,4}")
+_MAX_FILE_NBYTES = 1 << 20
 _UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,31}")
 
@@ -47,8 +49,11 @@ def parse_size(text: str | int, where: str) -> int:
     """Bytes of `64MiB`, `1.5 GiB` or a plain number. Raises UsageError."""
     match = _SIZE.fullmatch(str(text).strip())
     if match is None:
-        raise UsageError(f"{where}: {text!r} is no size: expected for example 64MiB or 24GiB")
-    return int(float(match[1]) * _UNITS[(match[2] or "").lower()])
+        raise UsageError(f"{where}: {str(text)[:40]!r} is no size: expected for example 64MiB or 24GiB")
+    nbytes = float(match[1]) * _UNITS[(match[2] or "").lower()]
+    if nbytes > MAX_ARENA_NBYTES:
+        raise UsageError(f"{where}: {str(text)[:40]!r} is more than the {MAX_ARENA_NBYTES >> 40} TiB that are possible")
+    return int(nbytes)
 
 
 def parse_workers(text: str, threads: int) -> Topology:
@@ -60,7 +65,7 @@ def parse_workers(text: str, threads: int) -> Topology:
     for part in text.split(","):
         kind, _, rest = part.strip().partition(":")
         number, _, memory = rest.partition(":")
-        if kind not in KINDS or not (number or "1").isdigit():
+        if kind not in KINDS or _NUMBER.fullmatch(number or "1") is None:
             raise UsageError(
                 f"--workers {text!r}: {part.strip()!r} is not KIND:NUMBER[:MEMORY] with KIND one of {', '.join(KINDS)}"
             )
@@ -68,7 +73,7 @@ def parse_workers(text: str, threads: int) -> Topology:
         base = sum(spec.kind == kind for spec in specs)
         specs += [WorkerSpec(f"{kind}{base + i}", kind, limit, threads) for i in range(int(number or "1"))]
         if len(specs) > MAX_WORKERS:
-            raise UsageError(f"--workers {text!r}: more than {MAX_WORKERS} workers")
+            raise UsageError(f"--workers {text!r}: {len(specs)} workers, at most {MAX_WORKERS} are possible")
     return _ordered(specs, f"--workers {text!r}")
 
 
@@ -78,10 +83,14 @@ def read_topology(path: Path) -> Topology:
     Raises UsageError naming file, table and field.
     """
     try:
-        document = tomllib.loads(path.read_text("utf-8"))
+        with path.open("rb") as file:
+            content = file.read(_MAX_FILE_NBYTES + 1)
+        if len(content) > _MAX_FILE_NBYTES:
+            raise UsageError(f"{path}: more than {_MAX_FILE_NBYTES:,} bytes are no topology")
+        document = tomllib.loads(content.decode("utf-8"))
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"{path}: not TOML: {error}") from None
     unknown = set(document) - {"worker"}
     if unknown:
@@ -89,6 +98,8 @@ def read_topology(path: Path) -> Topology:
     tables = document.get("worker")
     if not isinstance(tables, list) or not tables:
         raise UsageError(f"{path}: no [[worker]] table")
+    if len(tables) > MAX_WORKERS:
+        raise UsageError(f"{path}: {len(tables)} workers, at most {MAX_WORKERS} are possible")
     specs = [_spec(table, i, f"{path}: worker {i + 1}") for i, table in enumerate(tables)]
     return _ordered(specs, str(path))
 
@@ -121,8 +132,8 @@ def _spec(table: Any, number: int, where: str) -> WorkerSpec:
 
 def _ordered(specs: Sequence[WorkerSpec], where: str) -> Topology:
     """Devices in ggml's priority order: accelerators first, further CPUs next, the host's CPU last."""
-    names = [spec.name for spec in specs]
-    twice = next((name for name in names if names.count(name) > 1), None)
+    names = [spec.name.lower() for spec in specs]  # they name files, which some systems do not tell apart by case
+    twice = next((spec.name for spec in specs if names.count(spec.name.lower()) > 1), None)
     if twice is not None:
         raise UsageError(f"{where}: two workers are called {twice!r}")
     hosts = [spec for spec in specs if spec.kind == "cpu"] or [spec for spec in specs if spec.kind == "null"][-1:]

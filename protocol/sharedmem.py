@@ -49,17 +49,31 @@ def create(nbytes: int, directory: str, label: str) -> Segment:
     Raises CapacityError when the system does not give that much.
     """
     size = max(nbytes, mmap.PAGESIZE)
-    path = f"{directory}/{label}.mem"
+    segment = Segment(np.empty(0, np.uint8), nbytes, "")
     try:
         if has("memfd"):
-            fd = os.memfd_create(f"crossdock-{label}"[:200], os.MFD_CLOEXEC)
-            path, unlink = f"/proc/{os.getpid()}/fd/{fd}", False
+            segment.fd = os.memfd_create(f"crossdock-{label}"[:200], os.MFD_CLOEXEC)
+            segment.path = f"/proc/{os.getpid()}/fd/{segment.fd}"
+            os.ftruncate(segment.fd, size)
         else:
-            fd, unlink = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600), True
-        os.ftruncate(fd, size)
-        return Segment(_map(fd, size, writable=True), nbytes, path, fd, unlink)
-    except OSError as error:
-        raise CapacityError(f"{label}: cannot get {nbytes:,} bytes of shared memory: {error.strerror}") from None
+            segment.path = f"{directory}/{label}.mem"
+            segment.fd = os.open(segment.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            segment.unlink = True
+            _fill(segment.fd, size)
+        segment.view = _map(segment.fd, size, writable=True)
+    except (OSError, ValueError, OverflowError) as error:
+        segment.close()
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        raise CapacityError(f"{label}: cannot get {nbytes:,} bytes of shared memory: {why}") from None
+    return segment
+
+
+def _fill(fd: int, nbytes: int) -> None:
+    """Take the room on the disk now: a write to a full one through a mapping would kill the process."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(fd, 0, nbytes)
+    else:
+        os.ftruncate(fd, nbytes)
 
 
 def private(nbytes: int, label: str) -> Segment:

@@ -81,7 +81,7 @@ def _bind_ipc(socket: zmq.Socket[bytes], path: str) -> str:
     nbytes = len(path.encode("utf-8", "surrogateescape"))
     if nbytes > _MAX_IPC_PATH:
         raise UsageError(
-            f"{path}: a socket's path of {nbytes} bytes, at most {_MAX_IPC_PATH} are possible: set TMPDIR to a shorter one"
+            f"{path}: {nbytes} bytes, a socket's path has at most {_MAX_IPC_PATH}: set TMPDIR to a shorter one"
         )
     if Path(path).exists():
         raise WorkerError(f"{path}: already there, another run would lose its socket")

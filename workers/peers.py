@@ -154,9 +154,7 @@ class MessagePlane:
             self.early[of_step, transfer] = frames[1]
 
 
-def open_outboxes(
-    context: Context, endpoints: Sequence[str], own: int, secret: str
-) -> list[zmq.Socket[bytes] | None]:
+def open_outboxes(context: Context, endpoints: Sequence[str], own: int, secret: str) -> list[zmq.Socket[bytes] | None]:
     """A PUSH socket to each peer, None at our own index."""
     sockets: list[zmq.Socket[bytes] | None] = []
     for index, endpoint in enumerate(endpoints):

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import signal
 import sys
-from types import FrameType
+
+from coordinator.runtime import signals
 
 
 def main() -> None:
     """Entry point of `crossdock`; exits with a status of protocol.errors.Exit."""
     try:
-        signal.signal(signal.SIGTERM, _terminate)
+        signals.install()
         status = _run(sys.argv[1:])
+        signals.settle()
     except KeyboardInterrupt:
-        _say("interrupted", 130)
-        status = 130
+        signals.leave()
     _leave(status)
 
 
 def _run(arguments: list[str]) -> int:
     from coordinator.cli.parser import parse  # imports take long enough to be interrupted in
     from protocol.errors import CrossdockError, Exit
+    from protocol.features import check_switches
 
     try:
+        check_switches()
         command = parse(arguments)
         return int(command())
     except CrossdockError as error:
@@ -34,6 +37,11 @@ def _run(arguments: list[str]) -> int:
     except MemoryError:
         _say("this machine has not enough memory for that", Exit.CAPACITY)
         return int(Exit.CAPACITY)
+    except OSError as error:
+        if os.environ.get("CROSSDOCK_TRACEBACK"):
+            raise
+        _say(f"{error.filename or 'input or output'}: {error.strerror}", Exit.INPUT)
+        return int(Exit.INPUT)
     except Exception as error:
         if os.environ.get("CROSSDOCK_TRACEBACK"):
             raise
@@ -42,18 +50,15 @@ def _run(arguments: list[str]) -> int:
 
 
 def _say(line: str, status: int) -> None:
-    print(f"crossdock: {line}   [exit {int(status)}]", file=sys.stderr, flush=True)
-
-
-def _terminate(signum: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+    """One line on stderr, whatever is in it, even when nobody reads there."""
+    shown = "".join(c if c.isprintable() else " " for c in line)
+    with contextlib.suppress(OSError):
+        print(f"crossdock: {shown}   [exit {int(status)}]", file=sys.stderr, flush=True)
 
 
 def _leave(status: int) -> None:
     """Exit now: everything is closed, and tearing down a large interpreter takes longer than the answer."""
-    try:
-        sys.stdout.flush()
-        sys.stderr.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # nobody reads any more
+            stream.flush()
     os._exit(status)

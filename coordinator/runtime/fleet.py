@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
@@ -59,6 +60,10 @@ class Fleet:
         self.plane = options.plane or ("shared" if shared else "message")
         self.processes: list[WorkerProcess] = []
         self.doing = "starting"
+        # Numbers are never used twice in a run: peers map arenas by number, and the board compares steps.
+        self.arena_numbers = [itertools.count(1) for _ in topology.workers]
+        self.program_numbers = itertools.count()
+        self.step_numbers = itertools.count(1)
         self._token = sockets.new_token()
         self._identities = [f"{name}.0".encode() for name in topology.names]
         self._index = {identity: i for i, identity in enumerate(self._identities)}

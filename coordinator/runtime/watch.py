@@ -35,7 +35,7 @@ class Watch:
 
     def _got_on(self, elapsed_s: float) -> bool:
         progress = [self.board.progress(i) for i in range(len(self.processes))]
-        acting = [self.processes[i].vitals() for i in self.awaited if progress[i].state is not State.WAITING]
+        acting = [self.processes[i].vitals() for i in self.awaited if self.board.progress(i).state is not State.WAITING]
         cpu_s = sum(vitals.cpu_s for vitals in acting)
         before = self._cpu_s
         changed = progress != self._progress or before is None

@@ -32,15 +32,44 @@ class Homes:
         return Home(WORKER[buft], 2 + chunk, 0)
 
 
+def new_builder() -> Builder:
+    return Builder({}, lambda name: BufferRef(name.split(".")[0], Usage.ANY))
+
+
+def product(b: Builder, device: str, x: Tensor) -> Tensor:
+    """x times a matrix that lies on `device`."""
+    return b.mul_mat(b.resident(f"{device}.w", DType.F32, 64, 64), x)
+
+
 def ladder(steps: int) -> Graph:
     """Matrix products that alternate between the accelerator and the host."""
-    b = Builder({}, lambda name: BufferRef(name.split(".")[0], Usage.ANY))
+    b = new_builder()
     x = b.input("x", DType.F32, 64, 4)
     for i in range(steps):
-        weight = b.resident(f"{'accel0' if i % 2 == 0 else 'cpu0'}.w{i}", DType.F32, 64, 64)
-        x = b.add(b.mul_mat(weight, x), x)
-    b.expand(b.output(b.name(x, "y")))
-    graph = b.graph("ladder")
+        x = b.add(product(b, "cpu0" if i % 2 else "accel0", x), x)
+    return finish(b, x)
+
+
+def forks(branches: int) -> Graph:
+    """Branches that begin on the accelerator and end on the host, and need nothing of one another.
+
+    Nothing but a loan keeps the accelerator, free to go on, from reusing what the host has not taken yet.
+    """
+    b = new_builder()
+    x = b.input("x", DType.F32, 64, 4)
+    ends = []
+    for _ in range(branches):
+        ends.append(product(b, "cpu0", product(b, "accel0", product(b, "accel0", x))))
+        b.expand(ends[-1])
+    total = ends[0]
+    for end in ends[1:]:
+        total = b.add(total, end)
+    return finish(b, total)
+
+
+def finish(b: Builder, y: Tensor) -> Graph:
+    b.expand(b.output(b.name(y, "y")))
+    graph = b.graph("test")
     weights = tuple(
         Tensor(t.id, t.name, t.dtype, t.ne, t.nb, buffer=BufferRef(t.buffer.buft, Usage.WEIGHTS)) if t.buffer else t
         for t in graph.tensors
@@ -49,7 +78,11 @@ def ladder(steps: int) -> Graph:
 
 
 def lowered(steps: int, **options: object) -> Lowered:
-    return lower(Scheduler(DEVICES).allocate(ladder(steps)), Homes(), outputs=("y",), **options)  # type: ignore[arg-type]
+    return lowered_graph(ladder(steps), **options)
+
+
+def lowered_graph(graph: Graph, **options: object) -> Lowered:
+    return lower(Scheduler(DEVICES).allocate(graph), Homes(), outputs=("y",), **options)  # type: ignore[arg-type]
 
 
 def replay(program_set: Lowered) -> None:
@@ -94,6 +127,15 @@ def test_programs_end_and_respect_loans(steps: int) -> None:
     result = lowered(steps)
     replay(result)
     assert len(result.transfers) == sum(len(split.inputs) for split in result.plan.splits)
+
+
+@pytest.mark.parametrize("branches", [3, 7, 12])
+def test_lent_bytes_are_waited_for_before_they_are_overwritten(branches: int) -> None:
+    result = lowered_graph(forks(branches))
+    replay(result)
+    last_run = max(i for i, item in enumerate(result.programs[0].instructions) if item.kind is Kind.RUN)
+    waits = [i for i, item in enumerate(result.programs[0].instructions) if item.kind is Kind.WAIT]
+    assert min(waits) < last_run, "no memory was reused: the graph tests nothing"
 
 
 def test_every_loan_is_waited_for() -> None:

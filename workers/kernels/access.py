@@ -46,10 +46,10 @@ _F32, _F16 = int(DType.F32), int(DType.F16)
 
 
 def contiguous(operand: Operand) -> bool:
-    """True when elements follow each other without gaps, in order."""
+    """True when elements follow each other without gaps, in order, and nb[0] is the step from one to the next."""
     expected = operand.dtype.block_nbytes
     for i, (n, nb) in enumerate(zip(operand.ne, operand.nb, strict=True)):
-        if n != 1 and nb != expected:
+        if (n != 1 or i == 0) and nb != expected:
             return False
         expected *= n if i else -(-n // operand.dtype.block)
     return True
