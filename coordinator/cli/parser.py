@@ -7,6 +7,7 @@ from collections.abc import Callable
 from importlib import metadata
 from typing import NoReturn
 
+from coordinator.cli.plan_arguments import add_plan
 from protocol.errors import UsageError
 
 Command = Callable[[], int]
@@ -30,6 +31,7 @@ def parse(arguments: list[str]) -> Command:
     parser.add_argument("--version", action="version", version=f"crossdock {metadata.version('crossdock')}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
     add_run(commands.add_parser("run", help="describe images or continue text, across worker processes"))
+    add_plan(commands.add_parser("plan", help="show what would run where, and what it would need, without running it"))
     add_convert(commands.add_parser("convert", help="turn a Hugging Face folder into one GGUF file"))
     add_doctor(commands.add_parser("doctor", help="say what this machine has, and what replaces what it lacks"))
     chosen = parser.parse_args(arguments)
@@ -42,6 +44,10 @@ def _command(chosen: argparse.Namespace) -> Command:
         from coordinator.cli.run import run
 
         return lambda: run(chosen)
+    if chosen.command == "plan":
+        from coordinator.cli.plan import plan
+
+        return lambda: plan(chosen)
     if chosen.command == "convert":
         from coordinator.cli.convert import convert
 

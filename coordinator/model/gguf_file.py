@@ -40,7 +40,7 @@ def open_model(path: str | os.PathLike[str]) -> ModelFile:
     """
     path = Path(path)
     try:
-        with path.open("rb") as file:
+        with open(path, "rb", opener=_open_at_once) as file:
             info = os.fstat(file.fileno())
             if not stat.S_ISREG(info.st_mode):
                 raise ModelError(f"{path.name}: not a regular file")
@@ -55,6 +55,11 @@ def open_model(path: str | os.PathLike[str]) -> ModelFile:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise ModelError(f"{path}: cannot be opened: {reason}") from None
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """A named pipe without a writer would keep us waiting before anything can be said about it."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def weight_bytes(model: ModelFile, name: str) -> bytes:

@@ -75,13 +75,13 @@ class _Config:
         return _Config(f"{self.where}: {key}", value)
 
 
-def read_config(folder: Path, has_output: bool) -> HfModel:
-    """Hyper-parameters from config.json and preprocessor_config.json.
+def read_config(folder: Path, has_output: bool, file: str = "config.json") -> HfModel:
+    """Hyper-parameters from the folder's configuration `file` and preprocessor_config.json.
 
     `has_output` says whether the checkpoint has an output matrix of its own. Raises ModelError for a model type or
     an option that is not supported, and for values that are missing or impossible.
     """
-    root = _Config(str(folder / "config.json"), read_json(folder / "config.json"))
+    root = _Config(str(folder / file), read_json(folder / file))
     kind = root.values.get("model_type")
     if kind not in MODEL_TYPES:
         raise root.fail("model_type", " or ".join(MODEL_TYPES))
@@ -95,7 +95,7 @@ def read_config(folder: Path, has_output: bool) -> HfModel:
         raise ModelError(f"{folder}: lm_head.weight is missing: mllama models with a tied output are not supported")
     text, factors, linear = _text(root.section("text_config"), tied=False)
     if not text.cross_layers:
-        raise ModelError(f"{folder / 'config.json'}: cross_attention_layers is empty: mllama needs at least one")
+        raise ModelError(f"{folder / file}: cross_attention_layers is empty: mllama needs at least one")
     vision = _vision(root.section("vision_config"), folder)
     params = ModelParams("mllama", name, text, vision, root.integer("image_token_index", text.n_vocab))
     return HfModel(params, factors, linear)

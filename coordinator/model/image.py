@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,9 +44,11 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
     """
     path = Path(path)
     try:
-        nbytes = path.stat().st_size
-        if nbytes > MAX_NBYTES:
-            raise InputError(f"{path}: {nbytes:,} bytes: expected at most {MAX_NBYTES:,}")
+        info = path.stat()
+        if not stat.S_ISREG(info.st_mode):
+            raise InputError(f"{path}: not a regular file")
+        if info.st_size > MAX_NBYTES:
+            raise InputError(f"{path}: {info.st_size:,} bytes: expected at most {MAX_NBYTES:,}")
         with path.open("rb") as file:
             return _decode(file, path)
     except OSError as error:

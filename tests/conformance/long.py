@@ -31,6 +31,9 @@ def compare(server: RealServer, doc: dict[str, Any]) -> tuple[str, list[str]]:
     except CrossdockError as error:
         ours = str(error)
     real = server.plan(doc)
+    if isinstance(real, str) and "ggml-impl.h:318" in real:
+        # Roots of views that are no part of the graph fill ggml's hash table, which is sized without them.
+        return "undefined", []
     if isinstance(ours, str) or isinstance(real, str):
         if isinstance(ours, str) and isinstance(real, str) and _same_reason(ours, real):
             return "refused", []

@@ -29,7 +29,7 @@ class RealServer:
         self._child = None
         _, err = child.communicate()
         said = [text for text in err.splitlines() if text.strip()]
-        return next((t for t in reversed(said) if ".c" in t or "Error" in t), f"ended with {child.returncode}")
+        return next((t for t in reversed(said) if "/ggml" in t or "Error" in t), f"ended with {child.returncode}")
 
     def _start(self) -> subprocess.Popen[str]:
         env = os.environ | {"GGML_NO_BACKTRACE": "1", "PYTHONWARNINGS": "ignore"}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,12 +52,13 @@ def chat_prompt(loaded: Loaded, text: str, images: Sequence[Path] = ()) -> Promp
     return Prompt(tuple(ids), tiles)
 
 
-def fleet_of(workers: str, threads: int = 1, transport: str = "ipc") -> Fleet:
-    """A started fleet; use it as a context manager."""
-    fleet = Fleet(parse_workers(workers, threads), FleetOptions(transport))
-    fleet.start()
-    fleet.handshake()
-    return fleet
+@contextmanager
+def fleet_of(workers: str, threads: int = 1, transport: str = "ipc") -> Iterator[Fleet]:
+    """A started fleet."""
+    with Fleet(parse_workers(workers, threads), FleetOptions(transport)) as fleet:
+        fleet.start()
+        fleet.handshake()
+        yield fleet
 
 
 def answer(fleet: Fleet, loaded: Loaded, prompt: Prompt, options: SessionOptions, n_predict: int = 40) -> Answer:

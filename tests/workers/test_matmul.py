@@ -8,8 +8,10 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import gguf
+import libggml
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -233,3 +235,43 @@ def test_same_bits_without_cpu_features(without: str) -> None:
     code = "from tests.workers.test_matmul import digest; print(digest())"
     done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == digest()
+
+
+class Traits(ctypes.Structure):
+    """ggml's `struct ggml_type_traits_cpu`."""
+
+    _fields_ = (
+        ("from_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
+        ("vec_dot", ctypes.CFUNCTYPE(None, ctypes.c_int, *[ctypes.c_void_p, ctypes.c_size_t] * 3, ctypes.c_int)),
+        ("vec_dot_type", ctypes.c_int),
+        ("nrows", ctypes.c_int64),
+    )
+
+
+@pytest.fixture(scope="module")
+def ggml() -> ctypes.CDLL:
+    """The real CPU backend."""
+    folder = Path(libggml.__file__).parent / "lib64"
+    ctypes.CDLL(str(folder / "libggml-base.so"), mode=ctypes.RTLD_GLOBAL)
+    library = ctypes.CDLL(str(folder / "libggml-cpu.so"))
+    library.ggml_cpu_init()
+    library.ggml_get_type_traits_cpu.restype = ctypes.POINTER(Traits)
+    return library
+
+
+@pytest.mark.parametrize("dtype", [*QUANTISED, DType.F32], ids=lambda d: d.label)
+def test_same_as_ggml_but_for_the_order_of_sums(ggml: ctypes.CDLL, dtype: DType) -> None:
+    rng = np.random.default_rng(5)
+    w, y = weights(rng, dtype, (1024, 16, 1, 1)), weights(rng, DType.F32, (1024, 1, 1, 1), 0)
+    traits = ggml.ggml_get_type_traits_cpu(int(dtype)).contents
+    column = np.zeros(8192, np.uint8)
+    column[:4096] = y.data[:4096]
+    if dtype.quantised:
+        ggml.ggml_get_type_traits_cpu(traits.vec_dot_type).contents.from_float(y.address, column.ctypes.data, 1024)
+    theirs = np.zeros(16, np.float32)
+    for i in range(16):
+        at = w.address + i * w.operand.nb[1]
+        traits.vec_dot(1024, theirs.ctypes.data + 4 * i, 0, at, 0, column.ctypes.data, 0, 1)
+    ours = run(w, y)[0, 0, 0]
+    norms = np.linalg.norm(y.exact) * np.linalg.norm(w.exact, axis=3)[0, 0]
+    assert (np.abs(ours - theirs) / norms).max() < 1e-6

@@ -31,8 +31,13 @@ from workers.kernels.simd import (
 )
 from workers.kernels.stage import Operand
 
-INNER = {"nogil": True, "error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-"""For `njit` of functions that only kernels call: no entry points for others, and no cache but the kernel's own."""
+INNER = {"nogil": True, "error_model": "numpy", "inline": "always"}
+"""For `njit` of functions that only kernels call: they have to be inlined before LLVM sees them.
+
+numba links a function as it is after code generation, where LLVM may have turned `address + i` into an offset from i as
+if i were the pointer. Where i then becomes a constant 0, that pointer is null and LLVM deletes the path: with LLVM 22 a
+loop over Q4_K blocks came out as the one for Q5_K.
+"""
 
 SEGMENT = 1024
 """Elements of a row that a kernel takes at a time; a multiple of every block."""

@@ -46,7 +46,7 @@ def _scale_and_min(scales: int, k: int) -> tuple[int, int]:
 def _q45_k(block: int, out: int, five: int) -> None:
     """d f16 | dmin f16 | 12 bytes of scales | (five) 32 bytes of fifth bits | 128 bytes of nibbles.
 
-    `five` is 1 or 0 and masks the fifth bit: a branch on it here was compiled wrongly by LLVM 22 at -O3.
+    `five` is 1 or 0 and masks the fifth bit.
     """
     d, dmin = load_f16(block), load_f16(block + 2)
     high = block + 16

@@ -16,12 +16,8 @@ import llvmlite.binding as llvm
 KNOWN = ("avx2", "fma", "f16c")
 """Features that kernels have special code for. `CROSSDOCK_DISABLE=avx2,f16c` does without; results stay the same."""
 
-_INLINED = (
-    "access.py", "attentiontiles.py", "copy.py", "dequantise.py", "emit.py", "features.py", "loops.py",
-    "matformats.py", "mattiles.py", "quantize_rows.py", "row.py", "simd.py", "stage.py", "vecmath.py",
-)  # fmt: skip
-"""Modules whose code is compiled into kernels of other modules: numba notices a change only in a kernel's own file."""
-
+_COMPILED = re.compile(r"@kernel|njit|IRBuilder")
+_IMPORT = re.compile(r"^from workers\.kernels(?:\.(\w+) import|\s+import ([\w ,]+))", re.MULTILINE)
 _OURS = re.compile(r"crossdock-[0-9a-f]{12}-[a-z0-9-]+")
 
 
@@ -75,12 +71,25 @@ def configure_cache() -> Path:
     return chosen
 
 
+def shared_sources() -> dict[str, str]:
+    """Sources of the modules whose code is compiled into kernels of other modules, by name.
+
+    numba notices a change only in a kernel's own file, so these have to be part of the cache's name.
+    """
+    sources = {path.stem: path.read_text("utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))}
+    shared: set[str] = set()
+    for source in sources.values():
+        if _COMPILED.search(source):
+            for module, names in _IMPORT.findall(source):
+                shared.update([module] if module else (name.split()[0] for name in names.split(",")))
+    return {name: source for name, source in sources.items() if name in shared}
+
+
+@functools.cache
 def _digest() -> str:
-    here = Path(__file__).parent
     digest = hashlib.sha256()
-    for name in _INLINED:
-        if (here / name).exists():
-            digest.update((here / name).read_bytes())
+    for name, source in shared_sources().items():
+        digest.update(f"{name} {len(source)} {source}".encode())
     return digest.hexdigest()[:12]
 
 

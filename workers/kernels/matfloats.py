@@ -32,7 +32,7 @@ from workers.kernels.emit import (
     widen_bfloat,
     widen_half,
 )
-from workers.kernels.mattiles import clamped_row, reduce_rows, store_rows
+from workers.kernels.matlanes import clamped_row, reduce_rows, store_rows
 from workers.kernels.stage import OPTIONS, Kernel, kernel
 
 PAIRS = (

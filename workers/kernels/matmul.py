@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from protocol.dtypes import DType
 from workers.kernels import matfloats, matquants
 from workers.kernels.matformats import FORMATS
-from workers.kernels.mattiles import panel_nbytes
+from workers.kernels.matpanels import panel_nbytes
 from workers.kernels.quantize_rows import QUANTIZE, column_nbytes, columns_nbytes
 from workers.kernels.stage import Operand, Stage
 

@@ -11,7 +11,9 @@ from numba import njit
 from protocol.dtypes import DType
 from workers.kernels import row as words
 from workers.kernels.access import extent, row_address, share, stride, word
-from workers.kernels.mattiles import COLUMNS, ROWS, dot_panel, dot_rows, pack_rows
+from workers.kernels.matlanes import COLUMNS, ROWS
+from workers.kernels.matpanels import dot_panel, pack_rows
+from workers.kernels.matrows import dot_rows
 from workers.kernels.stage import OPTIONS, Kernel, kernel
 
 FEW = 2

@@ -1,4 +1,4 @@
-"""Activations of a matrix product in 8 bits, as ggml quantises them, laid out for `mattiles`.
+"""Activations of a matrix product in 8 bits, as ggml quantises them, laid out for `matlanes`.
 
 A column of k elements: quants i8[k]; scale f32[blocks]; sums. The numbers are those of ggml's blocks:
 

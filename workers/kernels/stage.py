@@ -55,8 +55,9 @@ KERNELS: list[Kernel] = []
 def kernel(function: Callable[[int, int, int], None]) -> Kernel:
     """Decorate `f(row, ith, nth)`: a kernel that compiles on first use.
 
-    The function must be known to numba by its name and line, so define it at a module's top level, or give copies
-    that a factory makes a `__qualname__` of their own before decorating them.
+    Define the function at a module's top level. numba finds it in its cache by name, line and closure, and a closure
+    over intrinsics differs in every process: what varies between kernels is better a constant argument of an inlined
+    function (see matquants.py).
     """
     made = Kernel(function)
     KERNELS.append(made)

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from coordinator.model.convert import convert
+from protocol.dtypes import DType
+from tests.faults import surgery
+from tests.faults.harness import run
+
+REFERENCE = Path(__file__).parent.parent / "data" / "ref_mllama"
+
+
+@pytest.fixture(scope="session")
+def image() -> Path:
+    return sorted((REFERENCE / "images").glob("*.png"))[0]
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny reference model, small enough to be copied for every test."""
+    path = tmp_path_factory.mktemp("model") / "ref.gguf"
+    convert(REFERENCE, path, DType.F16)
+    return path
+
+
+@pytest.fixture(scope="session")
+def long_model(model: Path) -> Path:
+    """The same with a context for long generations, which give time to interfere."""
+    path = model.with_name("long.gguf")
+    reader = surgery.copy(model, path)
+    surgery.set_value(reader, "mllama.context_length", 32768)
+    return path
+
+
+@pytest.fixture(scope="session")
+def warm(model: Path, image: Path) -> None:
+    """Kernels and planner are compiled: what is timed from here on does not wait for that."""
+    result = run(["run", "-m", model, "-i", image, "-n", 2, "-q"])
+    assert result.status == 0, result.stderr
+    assert result.leftovers == []

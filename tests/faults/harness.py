@@ -1,0 +1,149 @@
+"""Runs the real command in a session and a temporary directory of its own, and looks for what it left behind."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+COMMAND = str(Path(sys.executable).with_name("crossdock"))
+PATIENCE_S = 120.0  # for a loaded machine: nothing here waits that long on a free one
+GONE_S = 2.0
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a command ended. `leftovers`: processes and files that outlived it."""
+
+    status: int
+    stdout: bytes
+    stderr: str
+    leftovers: list[str]
+
+    @property
+    def lines(self) -> list[str]:
+        return self.stderr.splitlines()
+
+    def check(self, status: int, *words: str) -> str:
+        """One line on stderr, with all the words and the documented status, and nothing left. Returns the line."""
+        assert "Traceback" not in self.stderr, self.stderr
+        assert len(self.lines) == 1, self.stderr
+        line = self.lines[0]
+        assert line.startswith("crossdock: "), line
+        assert line.endswith(f"   [exit {status}]"), line
+        assert self.status == status, (self.status, line)
+        for word in words:
+            assert word in line, (word, line)
+        assert self.leftovers == []
+        return line
+
+
+class Job:
+    """A running command. `finish` must be called; it kills what is left."""
+
+    def __init__(
+        self,
+        arguments: Sequence[object],
+        *,
+        env: Mapping[str, str] = {},
+        command: Sequence[str] = (COMMAND,),
+        stdout: int | None = None,
+    ) -> None:
+        # not pytest's directory: its name may be too long for a socket
+        self.tmp = tempfile.mkdtemp(prefix="xd-", dir="/tmp")
+        variables = {k: v for k, v in os.environ.items() if k not in ("XDG_RUNTIME_DIR", "CROSSDOCK_DISABLE")}
+        self.out, self.err = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
+        self.process = subprocess.Popen(
+            [*command, *map(str, arguments)],
+            stdin=subprocess.DEVNULL,
+            stdout=self.out if stdout is None else stdout,
+            stderr=self.err,
+            env={**variables, "TMPDIR": self.tmp, **env},
+            start_new_session=True,
+        )
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def workers(self) -> dict[str, int]:
+        """Process ids of the workers that have been started, by name."""
+        found = {}
+        for pid in members(self.pid):
+            try:
+                words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if b"workers" in words and len(words) >= 6:
+                found[words[5].decode()] = pid
+        return found
+
+    def stdout(self) -> bytes:
+        """What it has printed so far."""
+        return os.pread(self.out.fileno(), 1 << 20, 0)
+
+    def stderr(self) -> str:
+        """What it has told so far."""
+        return os.pread(self.err.fileno(), 1 << 20, 0).decode("utf-8", "replace")
+
+    def wait_until(self, condition: Callable[[], object]) -> bool:
+        """Poll tightly; False when the command ended first."""
+        deadline = time.monotonic() + PATIENCE_S
+        while not condition():
+            if self.process.poll() is not None:
+                return bool(condition())
+            assert time.monotonic() < deadline, (self.stderr(), self.stdout())
+            time.sleep(0.001)
+        return True
+
+    def finish(self) -> Result:
+        """Wait for its end, then for its processes and files to be gone."""
+        try:
+            self.process.wait(PATIENCE_S)
+            deadline = time.monotonic() + GONE_S
+            while (left := self.leftovers()) and time.monotonic() < deadline:
+                time.sleep(0.005)
+            return Result(self.process.returncode, self.stdout(), self.stderr(), left)
+        finally:
+            for pid in members(self.pid):
+                os.kill(pid, signal.SIGKILL)
+            self.process.wait(PATIENCE_S)
+            self.out.close()
+            self.err.close()
+            shutil.rmtree(self.tmp, ignore_errors=True)
+
+    def leftovers(self) -> list[str]:
+        """Processes of the session (its leader aside) and files under the temporary directory."""
+        files = [str(path) for path in Path(self.tmp).rglob("*")]
+        return [f"process {pid}" for pid in members(self.pid) if pid != self.pid] + files
+
+
+def members(session: int) -> list[int]:
+    """Processes of a session that still live."""
+    found = []
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            fields = stat(int(entry))
+            if fields and int(fields[3]) == session and fields[0] not in ("Z", "X"):
+                found.append(int(entry))
+    return found
+
+
+def stat(pid: int) -> list[str]:
+    """/proc/PID/stat from the state on, empty when there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+def run(arguments: Sequence[object], **options: object) -> Result:
+    """The whole life of a command."""
+    return Job(arguments, **options).finish()  # type: ignore[arg-type]

@@ -1,0 +1,199 @@
+"""Whoever dies or is interrupted, whenever: one line that says so, at once, and nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.faults.harness import Job, stat
+
+pytestmark = pytest.mark.usefixtures("warm")
+
+INTERRUPTED = "crossdock: interrupted   [exit 130]"
+
+
+def decoding(model: Path, *more: object) -> list[object]:
+    """Arguments of a run that generates text for minutes."""
+    sampling = ["--temp", "1.0", "--min-p", 0, "--top-p", 1, "--top-k", 0]
+    return ["run", "-m", model, "-p", "hello", "--raw", "-n", 30000, "-c", 32768, "-q", *sampling, *more]
+
+
+def is_reading(job: Job) -> bool:
+    """Its own signal handlers are in place: from here on an interrupt is its own affair."""
+    try:
+        status = Path(f"/proc/{job.pid}/status").read_text()
+    except OSError:
+        return False
+    caught = int(next(line for line in status.splitlines() if line.startswith("SigCgt")).split()[1], 16)
+    return bool(caught >> (signal.SIGTERM - 1) & 1)
+
+
+def has_workers(job: Job) -> bool:
+    return len(job.workers()) == 3
+
+
+def is_loading(job: Job) -> bool:
+    """The workers have said hello: their sockets are there."""
+    return has_workers(job) and len(list(Path(job.tmp).glob("*/*.sock"))) >= 4
+
+
+def is_decoding(job: Job) -> bool:
+    return len(job.stdout()) > 20
+
+
+STAGES: dict[str, Callable[[Job], bool]] = {
+    "reading": is_reading, "starting": has_workers, "loading": is_loading, "decoding": is_decoding,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", ["starting", "loading", "decoding"])
+def test_killed_worker(stage: str, long_model: Path) -> None:
+    job = Job(decoding(long_model))
+    job.wait_until(lambda: STAGES[stage](job))
+    os.kill(job.workers()["accel1"], signal.SIGKILL)
+    line = job.finish().check(6, "accel1 was killed by SIGKILL", "out of memory?")
+    if stage == "decoding":
+        assert " the language graph" in line
+
+
+def test_killed_worker_while_encoding(model: Path, image: Path) -> None:
+    """Many evaluations of the vision graph, so that there is time to hit one."""
+    job = Job(["run", "-m", model, *["-i", image] * 40, "-n", 1, "-q", "--ubatch", 8])
+    try:
+        job.wait_until(lambda: len(list(Path(job.tmp).glob("*/*.sock"))) >= 4)
+        worker = job.workers()["cpu0"]
+        busy = ticks(worker)
+        job.wait_until(lambda: ticks(worker) > busy + 15)
+        os.kill(worker, signal.SIGKILL)
+    finally:
+        result = job.finish()
+    result.check(6, "cpu0 was killed by SIGKILL")
+
+
+def ticks(pid: int) -> int:
+    """Hundredths of a second of processor time."""
+    fields = stat(pid)
+    return int(fields[11]) + int(fields[12]) if fields else 0
+
+
+def test_stopped_worker(long_model: Path) -> None:
+    job = Job(decoding(long_model, "--stall-timeout", 1))
+    job.wait_until(lambda: is_decoding(job))
+    began = time.monotonic()
+    os.kill(job.workers()["accel0"], signal.SIGSTOP)
+    result = job.finish()
+    line = result.check(6, "no worker made progress for 1 s during the language graph", "accel0 (stopped)")
+    assert "--stall-timeout" in line
+    assert 1 < time.monotonic() - began < 30
+
+
+def test_stopped_worker_dies_with_its_coordinator(long_model: Path) -> None:
+    job = Job(decoding(long_model))
+    job.wait_until(lambda: is_decoding(job))
+    for worker in job.workers().values():
+        os.kill(worker, signal.SIGSTOP)
+    os.kill(job.pid, signal.SIGKILL)
+    assert job.finish().leftovers == []
+
+
+def test_last_words(model: Path, tmp_path: Path) -> None:
+    """A worker whose kernels print something and give up."""
+    import workers
+
+    patch = f"""
+__path__ = [{str(Path(workers.__file__).parent)!r}]
+import os, sys
+import workers.run
+def run(self, program, step, inputs):
+    if self.index == 1:
+        self.board.show(self.index, step, 3, 7)
+        print("the tea is cold")
+        print("I \\033[31mresign", flush=True)
+        os._exit(3)
+    return kept(self, program, step, inputs)
+kept, workers.run.Runner.run = workers.run.Runner.run, run
+"""
+    (tmp_path / "workers").mkdir()
+    (tmp_path / "workers" / "__init__.py").write_text(patch)
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    job = Job(["run", "-m", model, "-p", "hello", "-n", 1, "-q"], env={"PYTHONPATH": path})
+    job.finish().check(6, "accel1 ended with status 3 in split 7 of the language graph; its last words: I  [31mresign")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_coordinator(stage: str, long_model: Path) -> None:
+    job = Job(decoding(long_model))
+    job.wait_until(lambda: STAGES[stage](job))
+    os.kill(job.pid, signal.SIGKILL)
+    result = job.finish()
+    assert result.leftovers == []
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("how", ["key", "SIGINT", "SIGTERM"])
+def test_interrupt(how: str, stage: str, long_model: Path) -> None:
+    """`key`: as the terminal does it, to every process of the foreground group."""
+    job = Job(decoding(long_model))
+    job.wait_until(lambda: STAGES[stage](job))
+    if how == "key":
+        os.killpg(job.pid, signal.SIGINT)
+    else:
+        os.kill(job.pid, signal.Signals[how])
+    result = job.finish()
+    assert result.stderr.splitlines() == [INTERRUPTED]
+    assert result.status == 130
+    assert result.leftovers == []
+
+
+def test_impatient_interrupts(long_model: Path) -> None:
+    job = Job(decoding(long_model))
+    job.wait_until(lambda: is_decoding(job))
+    for _ in range(2):
+        os.kill(job.pid, signal.SIGINT)
+        time.sleep(0.002)
+    result = job.finish()
+    assert (result.status, result.stderr.splitlines(), result.leftovers) == (130, [INTERRUPTED], [])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_any_moment(number: signal.Signals, model: Path, image: Path) -> None:
+    """Moments spread evenly over a whole life, from the first handler to the last line."""
+    arguments = ["run", "-m", model, "-i", image, "-n", 20, "-q"]
+    job = Job(arguments)
+    job.wait_until(lambda: is_reading(job))
+    began = time.monotonic()
+    assert job.finish().status == 0
+    life = time.monotonic() - began
+    for moment in range(40):
+        job = Job(arguments)
+        job.wait_until(lambda: is_reading(job))  # noqa: B023
+        time.sleep(life * moment / 40)
+        os.killpg(job.pid, number)
+        result = job.finish()
+        where = f"{number.name} after {life * moment / 40:.3f} of {life:.3f} s: {result}"
+        assert result.leftovers == [], where
+        if result.status == 0:  # it was faster this time
+            continue
+        if number == signal.SIGKILL:
+            assert (result.status, result.stderr) == (-9, ""), where
+        else:
+            assert (result.status, result.stderr.splitlines()) == (130, [INTERRUPTED]), where
+
+
+def test_reader_leaves_early(long_model: Path) -> None:
+    read, write = os.pipe()
+    job = Job(decoding(long_model), stdout=write)
+    os.close(write)
+    with subprocess.Popen(["head", "-c", "1"], stdin=read, stdout=subprocess.PIPE) as head:
+        os.close(read)
+        assert head.communicate()[0]
+    result = job.finish()
+    assert (result.status, result.stderr, result.leftovers) == (0, "", [])
