@@ -46,9 +46,8 @@ class OperandRef:
         """Bytes from the first to behind the last element."""
         if 0 in self.ne:
             return 0
-        inner = self.ne[0] * self.nb[0] // self.dtype.block if self.dtype.quantised else (self.ne[0] - 1) * self.nb[0]
-        tail = 0 if self.dtype.quantised else self.dtype.block_nbytes
-        return inner + tail + sum((n - 1) * b for n, b in zip(self.ne[1:], self.nb[1:], strict=True))
+        blocks = (-(-self.ne[0] // self.dtype.block), *self.ne[1:])
+        return self.dtype.block_nbytes + sum((n - 1) * b for n, b in zip(blocks, self.nb, strict=True))
 
 
 @dataclass(frozen=True, slots=True)

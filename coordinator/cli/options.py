@@ -47,19 +47,23 @@ def fleet_options(chosen: argparse.Namespace) -> FleetOptions:
 
 def session_options(chosen: argparse.Namespace) -> SessionOptions:
     """Placement, context and debug tensors. Raises UsageError."""
-    placement = PlacementOptions(
-        chosen.n_gpu_layers,
-        _proportions(chosen.tensor_split),
-        tuple(_override(text) for text in chosen.override_tensor),
-        not chosen.no_kv_offload,
-    )
     return SessionOptions(
-        placement,
+        placement_options(chosen),
         chosen.ctx_size,
         chosen.ubatch,
         dtype_of(chosen.kv_type),
         chosen.share_scheduler,
         tuple(chosen.debug_tensor),
+    )
+
+
+def placement_options(chosen: argparse.Namespace) -> PlacementOptions:
+    """What lies where. Raises UsageError."""
+    return PlacementOptions(
+        chosen.n_gpu_layers,
+        _proportions(chosen.tensor_split),
+        tuple(_override(text) for text in chosen.override_tensor),
+        not chosen.no_kv_offload,
     )
 
 

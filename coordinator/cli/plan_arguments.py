@@ -31,11 +31,12 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     """What is planned."""
     parser.add_argument("model", nargs="?", metavar="MODEL",
                         help="GGUF file (its header is enough), config.json or its folder, or a preset: "
-                        "llama-3.2-11b-vision, llama-3.2-90b-vision, smollm2-135m (default: the bundled demo model)")  # fmt: skip
+                        "llama-3.2-11b-vision, llama-3.2-90b-vision, smollm2-135m (default: the bundled "
+                        "demo model)")  # fmt: skip
     parser.add_argument("--graph", metavar="FILE", help="plan the graphs of a JSON document instead, - for stdin")
     group = parser.add_argument_group("graphs")
     group.add_argument("--phase", type=_phases, default=("vision", "prompt", "token"), metavar="PHASE,...",
-                       help="vision, prompt, token: which graphs are planned, one after another (default: all)")  # fmt: skip
+                       help="vision, prompt, token: the graphs that are planned, in turn (default: all)")  # fmt: skip
     group.add_argument("--dialect", choices=("2026", "2024"), default="2026", help="llama.cpp of which year")
     group.add_argument("--weights-type", action="append", default=[], metavar="[PART=]TYPE",
                        help="type of the matrices of a preset or config.json; PART: text, vision, embd, output or a "
@@ -80,8 +81,9 @@ def add_questions(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--why", action="store_true", help="every split and what started it")
     group.add_argument("--json", action="store_true", help="one JSON document instead of text (--format json)")
     group.add_argument("--format", choices=("text", "json", "dot", "mermaid"), default="text")
+    group.add_argument("--check", action="store_true", help="prove each plan another way, too")
     group.add_argument("--dump", choices=("graph", "assign", "splits", "alloc", "plan"),
-                       help="JSON of one stage: the graph, devices and causes, splits, places, or the whole plan")  # fmt: skip
+                       help="JSON of a stage: graph, devices and causes, splits, places, or all of it")  # fmt: skip
     group.add_argument("--fit", action="store_true", help="find the most --n-gpu-layers that fit the devices' MEMORY")
     group.add_argument("--diff", nargs=argparse.REMAINDER, metavar="OPTION",
                        help="compare with the plan that the OPTIONs after it give, such as --diff -ngl 36")  # fmt: skip

@@ -54,9 +54,7 @@ _TOWER: Final = VisionParams(
 # From the text_config of the published config.json files, which are those of Llama 3.1 8B and 70B (vocabulary,
 # heads of 128, rope theta and llama3 scaling from 8192 to 131072 positions, epsilon) with cross-attention layers put
 # in after every fourth one: 8B's 32 layers + 8 = 40, 70B's 80 layers + 20 = 100.
-_LLAMA31_ROPE: Final = RopeParams(
-    n_dims=128, mode=0, freq_base=500000.0, n_ctx_orig=131072, has_factors=True
-)
+_LLAMA31_ROPE: Final = RopeParams(n_dims=128, mode=0, freq_base=500000.0, n_ctx_orig=131072, has_factors=True)
 
 
 def _llama32_vision(size: str, n_layer: int, n_embd: int, n_ff: int, n_head: int) -> ModelParams:
@@ -102,6 +100,8 @@ def open_blueprint(source: str, types: Sequence[str] = ()) -> Blueprint:
     path = Path(source)
     if path.is_dir():
         path = path / "config.json"
+        if not path.is_file():
+            raise UsageError(f"{source}: no config.json in this folder")
     if not path.exists():
         raise UsageError(f"{source}: no such file, and no preset: expected one of {', '.join(PRESETS)}")
     if path.suffix == ".json":
@@ -179,7 +179,9 @@ class _Cut:
 
     def __getitem__(self, part: slice) -> bytes:
         if part.stop > len(self.data):
-            raise ModelError(f"{self.file}: the header goes on at byte {part.stop:,} but the file has {len(self.data):,}")
+            raise ModelError(
+                f"{self.file}: the header goes on at byte {part.stop:,} but the file has {len(self.data):,}"
+            )
         return self.data[part]
 
 

@@ -55,7 +55,8 @@ def reserve(g: GraphArrays, d: DeviceTable, tasks: Tasks, n_bufts: int) -> tuple
     n_ext = tasks.op.size
     heap = new_heap(n_bufts)
     places = Places(np.full(n_ext, NOWHERE, np.int64), *np.zeros((3, n_ext), np.int64))
-    if not _walk(g.layout, d, tasks, heap, places):
+    uses = Uses(np.zeros(n_ext, np.bool_), np.zeros(n_ext, np.int64), np.zeros(n_ext, np.int64))
+    if not _walk(g.layout, d, tasks, heap, places, uses):
         raise CapacityError(f"graph allocation: more than {MAX_FREE} free blocks in one chunk")
     places.nbytes[:] = tasks.nbytes
     fixed = tasks.outside | (tasks.view_src >= 0)
@@ -136,10 +137,8 @@ def _take(tasks: Tasks, t: int, reserved: Places, before: int, places: Places) -
 
 
 @compiled
-def _walk(layout: I64, d: DeviceTable, x: Tasks, heap: Heap, places: Places) -> bool:
+def _walk(layout: I64, d: DeviceTable, x: Tasks, heap: Heap, places: Places, u: Uses) -> bool:
     """Allocate leafs, explicit inputs and nodes in order, freeing each tensor after its last use."""
-    n_ext = x.op.size
-    u = Uses(np.zeros(n_ext, np.bool_), np.zeros(n_ext, np.int64), np.zeros(n_ext, np.int64))
     for i in range(x.leaf.size):
         _allocate(layout, d, x, heap, places, u, x.leaf[i], -1, x.leaf_buft[i])
     for i in range(x.node.size):

@@ -12,14 +12,14 @@ from coordinator.graph.language_2024 import build_language_2024
 from coordinator.graph.node import Graph, Tensor
 from coordinator.graph.vision import build_vision
 from coordinator.graph.vision_2024 import build_vision_2024
-from coordinator.model.hparams import ModelParams, WeightInfo
+from coordinator.model.hparams import ModelParams
 from coordinator.model.presets import Blueprint
 from coordinator.schedule.document import Document
 from coordinator.schedule.placement import Placement, PlacementOptions, plan_placement
 from coordinator.schedule.plan import Device, Plan
 from coordinator.schedule.scheduler import Scheduler
 from protocol.dtypes import DType
-from protocol.errors import PlanError, UsageError
+from protocol.errors import UsageError
 from protocol.ops import Usage
 
 PHASES = ("vision", "prompt", "token")
@@ -109,9 +109,7 @@ def plan_model(blueprint: Blueprint, setting: Setting) -> Outline:
     Raises UsageError for a setting that does not go with the model, PlanError when a graph cannot be planned.
     """
     setting = fit_setting(blueprint.params, setting)
-    placement = plan_placement(
-        setting.devices, setting.limits, blueprint.params.text.n_layer, setting.placement
-    )
+    placement = plan_placement(setting.devices, setting.limits, blueprint.params.text.n_layer, setting.placement)
     graphs = _Graphs(blueprint, setting, placement).build()
     made: dict[bool, Scheduler] = {}
     planned = []
@@ -123,9 +121,7 @@ def plan_model(blueprint: Blueprint, setting: Setting) -> Outline:
         planned.append(Planned(name, _describe(name, setting), plan, len(plan.splits), plan.buffer_sizes))
     sizes = [scheduler.buffer_sizes for scheduler in made.values()]
     memory = device_memory(setting.devices, setting.limits, graphs.values(), sizes)
-    return Outline(
-        setting.devices, tuple(planned), memory, setting.op_offload, setting.parallel, placement
-    )
+    return Outline(setting.devices, tuple(planned), memory, setting.op_offload, setting.parallel, placement)
 
 
 def plan_entries(document: Document) -> Outline:
@@ -206,11 +202,9 @@ class _Graphs:
         for phase in ("prompt", "token"):
             graphs[phase] = self._language(phase)
         graphs = {phase: graphs[phase] for phase in self.setting.phases}
-        routed = route_debug_inputs(self.setting.debug, *graphs.values())
-        return {
-            phase: add_debug_inputs(graph, names)
-            for (phase, graph), names in zip(graphs.items(), routed, strict=True)
-        }
+        kinds = {graph.name: graph for graph in graphs.values()}
+        routed = dict(zip(kinds, route_debug_inputs(self.setting.debug, *kinds.values()), strict=True))
+        return {phase: add_debug_inputs(graph, routed[graph.name]) for phase, graph in graphs.items()}
 
     def _keep_states(self, vision: Graph) -> None:
         """What is kept for the language graph lies where the vision tower ends."""
@@ -313,14 +307,3 @@ def link_bytes(plan: Plan) -> dict[tuple[str, str], int]:
 def allocator_nodes(plan: Plan) -> int:
     """Nodes that the allocator walks: the graph's, and two for each input of a split."""
     return len(plan.graph.nodes) + 2 * sum(len(split.inputs) for split in plan.splits)
-
-
-def resident_weights(weights: Mapping[str, WeightInfo]) -> int:
-    """Bytes of all weights."""
-    return sum(info.nbytes for info in weights.values())
-
-
-def check_known(document: Document) -> None:
-    """Raises PlanError for a document without graphs."""
-    if not document.entries:
-        raise PlanError("document: 'graphs' is empty, expected at least one")

@@ -10,7 +10,7 @@ import numpy as np
 from coordinator.graph.node import Graph
 from coordinator.schedule import allocate, assign, split
 from coordinator.schedule.allocate import Places
-from coordinator.schedule.arrays import I64, GraphArrays, graph_arrays, same_arrays
+from coordinator.schedule.arrays import I64, NO_BUFFER, GraphArrays, graph_arrays, same_arrays
 from coordinator.schedule.chunks import MAX_CHUNKS
 from coordinator.schedule.devices import make_devices
 from coordinator.schedule.plan import Copy, Device, Place, Plan, Split
@@ -132,14 +132,15 @@ class Scheduler:
 
         It would: the passes see the same facts, and the allocator finds every position as it left it. Two things
         could still differ and are excluded: copies take turns when there are several, and a split whose list of
-        inputs was full and grew has more room the second time. Names matter because copies are named after them.
+        inputs was full and grew has more room the second time. Names matter because copies are named after them,
+        and buffer types that no device knows because they have one number.
         """
         if self._n_copies > 1 or last.grown:
             return False
         if graph is last.graph:
             return True
         return same_arrays(arrays, last.arrays) and all(
-            a.name == b.name for a, b in zip(graph.tensors, last.graph.tensors, strict=True)
+            a.name == b.name and a.buffer == b.buffer for a, b in zip(graph.tensors, last.graph.tensors, strict=True)
         )
 
     def _repeat(self, graph: Graph, draft: _Draft, plan: Plan) -> Plan:
@@ -224,52 +225,51 @@ class Scheduler:
         n_ext = draft.tasks.op.size
         places = Places(np.full(n_ext, NOWHERE, np.int64), *np.zeros((3, n_ext), np.int64))
         allocate.take_places(draft.tasks, old, reserved, places)
-        placed = self._places(draft, places)
         n = len(draft.graph.tensors)
         return Plan(
             graph=draft.graph,
             devices=self._devices.devices,
             backend=tuple(draft.backend.tolist()),
-            cause=tuple(assign.CAUSES[c] for c in draft.cause.tolist()),
+            cause=tuple(map(assign.CAUSES.__getitem__, draft.cause.tolist())),
             splits=_splits(draft.parts),
-            copies=self._copies(draft, placed[n:]),
+            copies=self._copies(draft, places, n),
             sources=_sources(draft),
-            places=tuple(placed[:n]),
+            places=tuple(self._places(draft, places, n)),
             buffer_sizes=self.buffer_sizes,
             reallocated=reallocated,
             epoch=self._epoch,
         )
 
-    def _places(self, draft: _Draft, places: Places) -> list[Place | None]:
-        """Places of tensors and copies; views lie where their root lies."""
+    def _places(self, draft: _Draft, places: Places, n: int) -> list[Place | None]:
+        """Places of tensors; views lie where their root lies, pre-allocated ones in the document's buffer type."""
         names = self._devices.buft_names
-        rows = zip(places.buft.tolist(), places.chunk.tolist(), places.offset.tolist(), strict=True)
-        out: list[Place | None] = [Place(names[b], c, o) if b >= 0 else None for b, c, o in rows]
-        viewed = (places.buft == allocate.VIEWED).tolist()
-        for t in draft.graph.tensors:
-            root = t if t.view_src is None else draft.graph.tensors[t.view_src]
-            if root.buffer is not None:
-                if t.view_src is None or t.buffer is not None or viewed[t.id]:
-                    out[t.id] = Place(root.buffer.buft, None, None)
-            elif viewed[t.id]:
-                place = out[root.id]
-                assert place is not None
-                assert place.offset is not None
-                out[t.id] = Place(place.buft, place.chunk, place.offset + t.view_offs)
+        g = draft.arrays
+        is_view = g.view_src >= 0
+        root = np.where(is_view, g.view_src, np.arange(n))
+        viewed = places.buft[:n] == allocate.VIEWED
+        ours = np.where(viewed, places.buft[root], places.buft[:n])
+        offset = places.offset[root] + np.where(is_view, g.view_offs, 0)
+        rows = zip(ours.tolist(), places.chunk[root].tolist(), offset.tolist(), strict=True)
+        out = [Place(names[b], c, o) if b >= 0 else None for b, c, o in rows]
+        before = (g.buft[root] != NO_BUFFER) & (viewed | ~is_view | (g.buft != NO_BUFFER))
+        tensors = draft.graph.tensors
+        known: dict[str, Place] = {}
+        for t, r in zip(before.nonzero()[0].tolist(), root[before].tolist(), strict=True):
+            buffer = tensors[r].buffer
+            assert buffer is not None
+            out[t] = known.get(buffer.buft) or known.setdefault(buffer.buft, Place(buffer.buft, None, None))
         return out
 
-    def _copies(self, draft: _Draft, places: list[Place | None]) -> tuple[Copy, ...]:
-        rows = zip(
-            draft.parts.copy_of.tolist(),
-            draft.parts.copy_backend.tolist(),
-            draft.parts.copy_index.tolist(),
-            strict=True,
-        )
+    def _copies(self, draft: _Draft, places: Places, n: int) -> tuple[Copy, ...]:
+        devices, names, parts = self._devices.devices, self._devices.buft_names, draft.parts
         copies = []
-        for (tensor, backend, index), place in zip(rows, places, strict=True):
-            assert place is not None, tensor
-            name = f"{self._devices.devices[backend].name}#{_name(draft.graph, tensor)}#{index}"[:_NAME_MAX]
-            copies.append(Copy(name, tensor, backend, index, place))
+        for c, (tensor, backend, index) in enumerate(
+            zip(parts.copy_of.tolist(), parts.copy_backend.tolist(), parts.copy_index.tolist(), strict=True)
+        ):
+            buft, chunk, offset = int(places.buft[n + c]), int(places.chunk[n + c]), int(places.offset[n + c])
+            assert buft >= 0, (tensor, backend)
+            name = f"{devices[backend].name}#{_name(draft.graph, tensor)}#{index}"[:_NAME_MAX]
+            copies.append(Copy(name, tensor, backend, index, Place(names[buft], chunk, offset)))
         return tuple(copies)
 
 

@@ -46,6 +46,7 @@ def many(spots: list[tuple[float, float]], colour: str, shape: str, background: 
 
 
 THREE = [(0.24, 0.3), (0.72, 0.26), (0.5, 0.74)]
+COLUMN = [(0.32, 0.16), (0.66, 0.42), (0.4, 0.8)]
 FOUR = [(0.25, 0.25), (0.74, 0.3), (0.27, 0.76), (0.73, 0.73)]
 EXAMPLES: dict[str, tuple[Scene, int, int]] = {
     "tower.png": (one("large", "red", "tower", "in the center", "gray"), 432, 432),
@@ -60,7 +61,7 @@ EXAMPLES: dict[str, tuple[Scene, int, int]] = {
     "wide.png": (two(("red", "circle"), "to the left of", ("blue", "star"), "black"), 384, 192),
     "tall.png": (two(("yellow", "tower"), "above", ("purple", "square"), "white"), 192, 384),
     "panorama.png": (one("large", "orange", "triangle", "on the right", "gray"), 576, 144),
-    "column.png": (many([(0.5, 0.18), (0.5, 0.5), (0.5, 0.82)], "blue", "circle", "white"), 144, 432),
+    "column.png": (many(COLUMN, "blue", "circle", "white"), 144, 432),
     "tile.png": (one("large", "purple", "circle", "in the center", "black"), 48, 48),
 }  # fmt: skip
 

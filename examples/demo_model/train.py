@@ -1,13 +1,12 @@
 """Train the demo model on the synthetic world: one pass, on CPUs, with auxiliary heads from the first step.
 
     python tokenizer.py OUT
-    python train.py OUT --steps 4000 --cooldown 2800
+    python train.py OUT --steps 4200 --cooldown 1400
 
-`--ranks R` starts R single-threaded processes that average their gradients: on two shared cores, several
-times as fast as one process with two threads. The learning rate stays level until `--cooldown` steps
-before the end, then falls along a cosine; so a stopped run can be taken up with `--resume` and other
-`--steps`, as long as the level part is not over. All randomness comes from `--seed`, the rank and the
-number of the step, so that resuming changes nothing.
+`--ranks R` starts R single-threaded processes that average their gradients. The learning rate stays level
+until `--cooldown` steps before the end, then falls along a cosine; so a stopped run can be taken up with
+`--resume` and other `--steps`, as long as the level part is not over. All randomness comes from `--seed`,
+the rank and the number of the step, so that resuming changes nothing.
 
 The auxiliary heads read the projected vision output. Per patch: shape, colour and place of the thing it
 shows; per thing: its shape; from the class tokens: how many things there are, and place and size of a
@@ -47,8 +46,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train the demo model.")
     add = parser.add_argument
     add("out", type=Path, help="folder with the tokenizer; gets the model")
-    add("--steps", type=int, default=4000)
-    add("--cooldown", type=int, default=2800, help="steps over which the learning rate falls")
+    add("--steps", type=int, default=4200)
+    add("--cooldown", type=int, default=1400, help="steps over which the learning rate falls")
     add("--vision-first", type=int, default=800, help="steps of which three in four skip the text side")
     add("--batch", type=int, default=32, help="pictures per rank and step")
     add("--lr", type=float, default=1.5e-3)

@@ -43,8 +43,8 @@ def span(t: Json) -> int:
 class GraphMaker:
     """Grows one random graph, tensor by tensor."""
 
-    def __init__(self, rng: random.Random, devices: list[Json]) -> None:
-        self.rng = rng
+    def __init__(self, rng: random.Random, devices: list[Json], tame: bool = False) -> None:
+        self.rng, self.tame = rng, tame
         self.bufts = sorted({b for d in devices for b in (d["buft"], *d["extra_bufts"])})
         self.tensors: list[Json] = []
 
@@ -60,7 +60,7 @@ class GraphMaker:
     def leaf(self, kind: str | None = None) -> Json:
         """A tensor that nothing computes: an input, a weight, a cache or a plain one."""
         rng = self.rng
-        kind = kind or rng.choice(["input"] * 5 + ["weight"] * 5 + ["any"] * 3 + ["plain"])
+        kind = kind or rng.choice(["input"] * 5 + ["weight"] * 5 + ["any"] * 3 + ["plain"] * (not self.tame))
         ne = list(rng.choice(SHAPES))
         dtype = rng.choice(["q8_0", "f16"]) if kind == "weight" and ne[0] % 32 == 0 and rng.random() < 0.5 else "f32"
         buffer = None
@@ -70,7 +70,7 @@ class GraphMaker:
         flags = ["input"] if kind == "input" else []
         if rng.random() < 0.05:
             flags.append("output")
-        if rng.random() < 0.03:
+        if rng.random() < 0.03 and not self.tame:
             flags.append("param")  # makes it a node
         made = self.add(ne=ne, type=dtype, buffer=buffer, flags=flags)
         if rng.random() < 0.03:
@@ -123,11 +123,11 @@ class GraphMaker:
         kind = rng.random()
         if kind < 0.2:
             made = self.view(self.pick(), rng.choice(VIEWS))
-        elif kind < 0.27:
+        elif kind < 0.27 and not self.tame:
             made = self.copy_into()
         elif kind < 0.31:
             made = self.wide()
-        elif kind < 0.325:
+        elif kind < 0.325 and not self.tame:
             made = self.alias()
         else:
             op = rng.choice(INPLACE if kind < 0.7 else OTHER)
@@ -140,11 +140,11 @@ class GraphMaker:
             ne = list(first["ne"]) if same else list(rng.choice(SHAPES))
             nb = list(first["nb"]) if same and rng.random() < 0.9 else strides("f32", ne)
             made = self.add(op=op, ne=ne, nb=nb, src=src)
-            if rng.random() < 0.02:
+            if rng.random() < 0.02 and not self.tame:
                 made["buffer"] = {"buft": rng.choice(self.bufts), "usage": rng.choice(["any", "compute", "weights"])}
-        if rng.random() < 0.08:
+        if rng.random() < 0.08 and not (self.tame and made["view_src"] is not None):
             made["flags"] = sorted({*made["flags"], "output"})
-        if rng.random() < 0.03:
+        if rng.random() < 0.03 and not self.tame:
             made["flags"] = sorted({*made["flags"], "input"})
         return made
 
@@ -210,9 +210,9 @@ def random_devices(rng: random.Random) -> list[Json]:
     return devices
 
 
-def random_graph(rng: random.Random, devices: list[Json]) -> Json:
+def random_graph(rng: random.Random, devices: list[Json], tame: bool = False) -> Json:
     """One random graph with its outputs and pins."""
-    maker = GraphMaker(rng, devices)
+    maker = GraphMaker(rng, devices, tame)
     many = rng.random() < 0.04  # enough inputs to fill a split's list
     for _ in range(rng.randint(1, 5)):
         maker.leaf()
@@ -230,7 +230,7 @@ def random_graph(rng: random.Random, devices: list[Json]) -> Json:
     expand = expand[: rng.choice([1, 2, 3, len(expand)])] or [tensors[-1]["id"]]
     expand += [t["id"] for t in tensors if rng.random() < 0.03 and (t["op"] != "NONE" or _may_stand_alone(t))]
     pins = {}
-    if rng.random() < 0.3:
+    if rng.random() < 0.3 and not tame:
         pins = {str(rng.choice(tensors)["id"]): rng.randrange(len(devices)) for _ in range(rng.randint(1, 3))}
     if rng.random() < 0.8:
         pins |= {str(ident): 0 for ident in chain}
@@ -276,3 +276,17 @@ def random_document(rng: random.Random) -> Json:
         "op_offload": rng.random() < 0.4,
         "graphs": graphs,
     }
+
+
+def tame_document(rng: random.Random) -> Json:
+    """A document whose plan has to be right: nothing in it is a known hazard of ggml's scheduler.
+
+    No writes into views, no views as outputs or inputs, no pins, each leaf an input or a weight, every device with
+    memory of its own, one graph.
+    """
+    devices = random_devices(rng)
+    for device in devices:
+        device["buft"], device["extra_bufts"], device["unsupported_ops"] = device["name"], [], []
+    graph = random_graph(rng, devices, tame=True)
+    flags = {"parallel": rng.random() < 0.25, "op_offload": rng.random() < 0.4}
+    return {"devices": devices, **flags, "graphs": [graph]}

@@ -27,10 +27,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def long_model(model: Path) -> Path:
-    """The same with a context for long generations, which give time to interfere."""
+    """The same, with room for long generations that never stop by themselves: they give time to interfere."""
     path = model.with_name("long.gguf")
     reader = surgery.copy(model, path)
     surgery.set_value(reader, "mllama.context_length", 32768)
+    never = surgery.element(reader, "tokenizer.ggml.tokens", b"<|reserved_special_token_2|>")
+    for end in (b"<|eot_id|>", b"<|eom_id|>"):
+        surgery.rename(reader, "tokenizer.ggml.tokens", end, end.upper())
+    for key in ("tokenizer.ggml.eos", "tokenizer.ggml.eot", "tokenizer.ggml.eom", "crossdock.stop"):
+        surgery.set_value(reader, key + ("_token_ids" if key == "crossdock.stop" else "_token_id"), never)
     return path
 
 

@@ -27,6 +27,19 @@ def set_value(reader: gguf.GGUFReader, key: str, value: Any) -> None:
         part[0] = value
 
 
+def element(reader: gguf.GGUFReader, key: str, text: bytes) -> int:
+    """Where in a list of strings a text stands."""
+    field = reader.fields[key]
+    return next(i for i, at in enumerate(field.data) if bytes(field.parts[at]) == text)
+
+
+def rename(reader: gguf.GGUFReader, key: str, old: bytes, new: bytes) -> None:
+    """Change one string of a list into another of its length."""
+    assert len(old) == len(new)
+    field = reader.fields[key]
+    field.parts[field.data[element(reader, key, old)]][:] = np.frombuffer(new, np.uint8)
+
+
 def tensor_info(reader: gguf.GGUFReader, name: str) -> tuple[Any, Any, Any]:
     """The tensor's dimensions, type and offset as they stand in the file, to be assigned to."""
     parts = next(t for t in reader.tensors if t.name == name).field.parts

@@ -20,8 +20,7 @@ INTERRUPTED = "crossdock: interrupted   [exit 130]"
 
 def decoding(model: Path, *more: object) -> list[object]:
     """Arguments of a run that generates text for minutes."""
-    sampling = ["--temp", "1.0", "--min-p", 0, "--top-p", 1, "--top-k", 0]
-    return ["run", "-m", model, "-p", "hello", "--raw", "-n", 30000, "-c", 32768, "-q", *sampling, *more]
+    return ["run", "-m", model, "-p", "hello", "--raw", "-n", 30000, "-c", 32768, "-q", *more]
 
 
 def is_reading(job: Job) -> bool:
@@ -109,21 +108,21 @@ def test_last_words(model: Path, tmp_path: Path) -> None:
     patch = f"""
 __path__ = [{str(Path(workers.__file__).parent)!r}]
 import os, sys
-import workers.run
-def run(self, program, step, inputs):
+import workers.run as module
+def dying(self, program, step, inputs):
     if self.index == 1:
         self.board.show(self.index, step, 3, 7)
         print("the tea is cold")
         print("I \\033[31mresign", flush=True)
         os._exit(3)
     return kept(self, program, step, inputs)
-kept, workers.run.Runner.run = workers.run.Runner.run, run
+kept, module.Runner.run = module.Runner.run, dying
 """
     (tmp_path / "workers").mkdir()
     (tmp_path / "workers" / "__init__.py").write_text(patch)
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     job = Job(["run", "-m", model, "-p", "hello", "-n", 1, "-q"], env={"PYTHONPATH": path})
-    job.finish().check(6, "accel1 ended with status 3 in split 7 of the language graph; its last words: I  [31mresign")
+    job.finish().check(6, "accel1 ended with status 3 in split 7 of the language graph; its last words: I [31mresign")
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -43,7 +43,12 @@ mask8 = VectorType("mask8", I1, 8)
 
 
 def pointer(b: ir.IRBuilder, where: ir.Value, offset: int, to: ir.Type) -> ir.Value:
-    """Pointer of type `to`* to `where` + `offset` bytes."""
+    """Pointer of type `to`* to `where` + `offset` bytes.
+
+    LLVM may see an address plus a constant as an offset from that constant, and take it for null where it is 0:
+    functions that make pointers of numbers must not be optimised as if null were never read.
+    """
+    set.add(b.function.attributes, "null_pointer_is_valid")  # llvmlite's own list of attributes lacks it
     return b.inttoptr(b.add(where, ir.Constant(I64, offset)) if offset else where, to.as_pointer())
 
 
