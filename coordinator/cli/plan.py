@@ -140,6 +140,8 @@ def _check_questions(chosen: argparse.Namespace) -> None:
         raise UsageError(f"--json and --format {chosen.format} are two answers: choose one")
     if chosen.json:
         chosen.format = "json"
+    if chosen.quiet and chosen.why:
+        raise UsageError("--quiet and --why are two answers: choose one")
     asked = [name for name in ("dump", "fit", "diff") if getattr(chosen, name)]
     if len(asked) > 1 or (chosen.diff is not None and not chosen.diff):
         if len(asked) > 1:
@@ -189,9 +191,10 @@ def _show(chosen: argparse.Namespace, outline: Outline, blueprint: Blueprint | N
         with report.answer() as console:
             if blueprint is not None:
                 console.print(f"[bold]model[/]     {report.model_line(blueprint.params, blueprint.weights)}")
-            report.print_outline(console, outline, chosen.why)
-            console.print()
-            console.print(report.next_line(outline, chosen.n_gpu_layers, chosen.why))
+            report.print_outline(console, outline, "none" if chosen.quiet else "all" if chosen.why else "some")
+            if not chosen.quiet:
+                console.print()
+                console.print(report.next_line(outline, chosen.n_gpu_layers, chosen.why))
     return status
 
 

@@ -79,6 +79,7 @@ def add_layout(group: argparse._ArgumentGroup) -> None:
 def add_questions(group: argparse._ArgumentGroup) -> None:
     """What is to be known about it."""
     group.add_argument("--why", action="store_true", help="every split and what started it")
+    group.add_argument("-q", "--quiet", action="store_true", help="leave the splits out")
     group.add_argument("--json", action="store_true", help="one JSON document instead of text (--format json)")
     group.add_argument("--format", choices=("text", "json", "dot", "mermaid"), default="text")
     group.add_argument("--check", action="store_true", help="prove each plan another way, too")

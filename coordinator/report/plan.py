@@ -51,8 +51,8 @@ def mib(nbytes: int) -> str:
     return f"{nbytes / _MIB:.2f} MiB"
 
 
-def print_outline(console: Console, outline: Outline, why: bool) -> None:
-    """Layers, each graph's splits, memory, links."""
+def print_outline(console: Console, outline: Outline, splits: str) -> None:
+    """Layers, each graph with "all", "some" or "none" of its splits, memory, links, and what does not fit."""
     _print_layers(console, outline)
     for graph in outline.graphs:
         console.print()
@@ -60,17 +60,25 @@ def print_outline(console: Console, outline: Outline, why: bool) -> None:
         if graph.plan is not None:
             console.print(_plain(ends_line(graph.plan)))
         console.print(_plain(buffers_line(graph)))
-        if graph.plan is not None:
-            console.print(splits_table(graph.plan, why))
-            hidden = 0 if why else len(graph.plan.splits) - SHOWN_SPLITS
-            if hidden > 0:
-                console.print(f"  ...  {plural(hidden, 'more split')}: --why shows all")
+        if graph.plan is not None and splits != "none":
+            _print_splits(console, graph.plan, splits == "all")
     console.print()
     console.print(memory_table(outline.memory))
     links = links_table(outline.graphs)
     if links.row_count:
         console.print()
         console.print(links)
+    shortage = shortage_line(outline)
+    if shortage:
+        console.print()
+        console.print(f"[bold]{shortage}[/]")
+
+
+def _print_splits(console: Console, plan: Plan, why: bool) -> None:
+    console.print(splits_table(plan, why))
+    hidden = 0 if why else len(plan.splits) - SHOWN_SPLITS
+    if hidden > 0:
+        console.print(f"  ...  {plural(hidden, 'more split')}: --why shows all")
 
 
 def print_fit(console: Console, found: Fit) -> None:
@@ -175,7 +183,7 @@ def shortage_line(outline: Outline) -> str:
 
 
 def next_line(outline: Outline, n_gpu_layers: int | None, why: bool) -> str:
-    """What does not fit, and the commands that go on from here."""
+    """The commands that go on from here."""
     hints = []
     if not why and any(graph.n_splits > SHOWN_SPLITS for graph in outline.graphs):
         hints.append("--why shows every split")
@@ -187,9 +195,7 @@ def next_line(outline: Outline, n_gpu_layers: int | None, why: bool) -> str:
         hints.append(f"--diff --n-gpu-layers {other} shows what would move")
     else:
         hints.append("--json gives every tensor's place, --format dot a drawing")
-    line = f"[bold]next[/]      {'; '.join(hints)}"
-    shortage = shortage_line(outline)
-    return f"[bold]{shortage}[/]\n{line}" if shortage else line
+    return f"[bold]next[/]      {'; '.join(hints)}"
 
 
 def fit_line(found: Fit) -> str:

@@ -148,6 +148,11 @@ class Session:
         self.evaluator.drop()
         self.memory.release()
 
+    def restart(self) -> None:
+        """Begin a new sequence: the caches are written over from the start."""
+        self.n_past = 0
+        self.masks = None
+
     def read(self, name: str) -> bytes:
         """The bytes of a resident tensor (a cache, or the kept `cross_states`) as they are now."""
         key = (name, self.placement(name).buft)

@@ -19,7 +19,8 @@ class Watch:
     """
 
     def __init__(self, board: Board, processes: Sequence[WorkerProcess], awaited: Collection[int]) -> None:
-        self.board, self.processes, self.awaited = board, processes, awaited
+        self.board, self.processes = board, processes
+        self.awaited = [i for i in awaited if i < len(processes)]
         self._since = self._looked = time.monotonic()
         self._progress = [board.progress(i) for i in range(len(processes))]
         self._cpu_s: float | None = None
@@ -47,7 +48,7 @@ class Watch:
 
     def whereabouts(self) -> str:
         """Which worker is where: `accel0 (stopped) in split 1, cpu0 waits for a peer in split 2`."""
-        return ", ".join(self._where(i) for i in sorted(self.awaited))
+        return ", ".join(self._where(i) for i in self.awaited)
 
     def _where(self, index: int) -> str:
         process, progress = self.processes[index], self.board.progress(index)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from tests.conformance.server import RealServer
 DOCUMENTS = int(os.environ.get("CONFORMANCE_DOCUMENTS", "500"))
 
 if real_ggml.library_path() is None:
+    warnings.warn("conformance is not tested: libggml-python is not installed", stacklevel=1)
     pytest.skip("libggml-python is not installed: nothing to compare with", allow_module_level=True)
 
 

@@ -51,7 +51,10 @@ STAGES: dict[str, Callable[[Job], bool]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("stage", ["starting", "loading", "decoding"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("stage", [pytest.param("starting", marks=SLOW), "loading", "decoding"])
 def test_killed_worker(stage: str, long_model: Path) -> None:
     job = Job(decoding(long_model))
     job.wait_until(lambda: STAGES[stage](job))
@@ -125,7 +128,7 @@ kept, module.Runner.run = module.Runner.run, dying
     job.finish().check(6, "accel1 ended with status 3 in split 7 of the language graph; its last words: I [31mresign")
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", ["reading", "starting", pytest.param("loading", marks=SLOW), "decoding"])
 def test_killed_coordinator(stage: str, long_model: Path) -> None:
     job = Job(decoding(long_model))
     job.wait_until(lambda: STAGES[stage](job))
@@ -135,8 +138,17 @@ def test_killed_coordinator(stage: str, long_model: Path) -> None:
     assert result.stderr == ""
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("how", ["key", "SIGINT", "SIGTERM"])
+FAST = {("key", "reading"), ("key", "starting"), ("key", "decoding"), ("SIGTERM", "loading"), ("SIGINT", "decoding")}
+
+
+@pytest.mark.parametrize(
+    ("how", "stage"),
+    [
+        pytest.param(how, stage, marks=() if (how, stage) in FAST else SLOW)
+        for how in ("key", "SIGINT", "SIGTERM")
+        for stage in STAGES
+    ],
+)
 def test_interrupt(how: str, stage: str, long_model: Path) -> None:
     """`key`: as the terminal does it, to every process of the foreground group."""
     job = Job(decoding(long_model))

@@ -21,7 +21,7 @@ from coordinator.graph.node import ABSENT, Graph, Tensor
 from coordinator.model.gguf_file import ModelFile
 from protocol.dtypes import DType
 from protocol.ops import Op
-from tests.graph.twin import InitParams, TensorStruct
+from tests.conformance.real_ggml import InitParams, TensorStruct, library_path
 from workers.kernels import simd
 
 Array = NDArray[Any]
@@ -51,7 +51,7 @@ def _dot(a: int, b: int, n: int, lanes: int) -> float:
     x1 = simd.load_f32(lanes + 4) + simd.load_f32(lanes + 20)
     x2 = simd.load_f32(lanes + 8) + simd.load_f32(lanes + 24)
     x3 = simd.load_f32(lanes + 12) + simd.load_f32(lanes + 28)
-    return (x0 + x1) + (x2 + x3)
+    return (x0 + x1) + (x2 + x3)  # type: ignore[no-any-return]
 
 
 @njit(error_model="numpy")  # type: ignore[untyped-decorator]
@@ -86,6 +86,13 @@ def _one_query(
     factor = simd.splat_f32x8(_ZERO if total == _ZERO else _ONE / total)
     for i in range(0, n, 8):
         simd.store_f32x8(out + 4 * i, simd.mul_f32x8(simd.load_f16x8(values + 2 * i), factor))
+
+
+def libraries() -> tuple[c.CDLL, c.CDLL]:
+    """The real ggml's base and CPU libraries, from the package libggml-python."""
+    path = library_path()
+    assert path is not None, "libggml-python is part of the test extra"
+    return c.CDLL(str(path), c.RTLD_GLOBAL), c.CDLL(str(path.with_name("libggml-cpu.so")), c.RTLD_GLOBAL)
 
 
 class Program:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -201,7 +202,8 @@ def flooding(endpoint: str, password: str | None) -> Iterator[None]:
     def push() -> None:
         while not stop.is_set():
             if socket.poll(10, zmq.POLLOUT):
-                socket.send(junk, zmq.DONTWAIT)
+                with contextlib.suppress(zmq.Again):  # turned away in between
+                    socket.send(junk, zmq.DONTWAIT)
 
     thread = threading.Thread(target=push)
     thread.start()
@@ -271,7 +273,9 @@ def test_worker_given_nonsense_by_a_coordinator(answer: list[Any], status: int, 
         identity, *frames = server.recv_multipart()
         assert isinstance(decode(frames).message, m.Hello)
         server.send_multipart([identity, *answer])
-        stderr = process.communicate(timeout=LATE_S)[1].decode()
+        process.wait(LATE_S)
+        assert process.stderr is not None
+        stderr = process.stderr.read().decode()
     assert process.returncode == status
     assert len(stderr.splitlines()) == 1
     assert words in stderr
