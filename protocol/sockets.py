@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 from pathlib import Path
 
@@ -37,10 +38,10 @@ def control_server(context: Context) -> zmq.Socket[bytes]:
     return _common(socket)
 
 
-def control_client(context: Context, identity: str) -> zmq.Socket[bytes]:
-    """A worker's DEALER; the identity is unique per incarnation, since ZeroMQ ignores a second holder silently."""
+def control_client(context: Context, own: bytes) -> zmq.Socket[bytes]:
+    """A worker's DEALER; its identity is unique per incarnation, since ZeroMQ ignores a second holder silently."""
     socket = context.socket(zmq.DEALER)
-    socket.setsockopt(zmq.IDENTITY, identity.encode())
+    socket.setsockopt(zmq.IDENTITY, own)
     return _common(socket)
 
 
@@ -100,6 +101,11 @@ def connect(socket: zmq.Socket[bytes], endpoint: str, secret: str) -> None:
         socket.connect(endpoint)
     except (zmq.ZMQError, UnicodeError) as error:
         raise WorkerError(f"cannot connect to {endpoint[:200]!r}: {error}") from None
+
+
+def identity(name: str, incarnation: int, token: str) -> bytes:
+    """A worker's name on the control socket; nobody can take it before the worker does without knowing the token."""
+    return f"{name}.{incarnation}.{hashlib.sha256(token.encode()).hexdigest()[:16]}".encode()
 
 
 def new_token() -> str:

@@ -17,7 +17,7 @@ from protocol.features import SWITCHES, has
 from protocol.limits import MAX_PROGRAMS
 from protocol.ops import Op
 from protocol.program import table_from
-from protocol.sockets import Context, bind, connect, control_client, data_socket, new_context
+from protocol.sockets import Context, bind, connect, control_client, data_socket, identity, new_context
 from protocol.version import MAJOR, MINOR
 from protocol.wire import Buffer, decode, encode
 from workers.arena import Arenas
@@ -35,7 +35,7 @@ def serve(config: WorkerConfig) -> None:
     Raises ProtocolError when the coordinator refuses us or speaks something else.
     """
     context = new_context(config.token if config.transport == "tcp" else "")
-    control = control_client(context, f"{config.name}.{config.incarnation}")
+    control = control_client(context, identity(config.name, config.incarnation, config.token))
     connect(control, config.endpoint, config.token)
     inbox = data_socket(context, zmq.PULL)
     endpoint = bind(inbox, config.transport, config.run_directory, f"{config.name}.{config.incarnation}")

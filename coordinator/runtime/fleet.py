@@ -65,7 +65,7 @@ class Fleet:
         self.program_numbers = itertools.count()
         self.step_numbers = itertools.count(1)
         self._token = sockets.new_token()
-        self._identities = [f"{name}.0".encode() for name in topology.names]
+        self._identities = [sockets.identity(name, 0, self._token) for name in topology.names]
         self._index = {identity: i for i, identity in enumerate(self._identities)}
         self._expected: list[deque[type]] = [deque() for _ in topology.names]
         self._stack = ExitStack()

@@ -18,9 +18,6 @@ from protocol.errors import CapacityError
 from protocol.messages import PeerArena
 from protocol.ops import Usage
 
-FILE_ARENA = 0
-"""Every worker's number for the mapped model file."""
-
 Key = tuple[str, str]
 """A resident tensor: its name and buffer type."""
 
@@ -82,6 +79,7 @@ class Memory:
         self.worker_of = {device.buft: index for index, device in enumerate(devices)}
         self.arenas: list[dict[int, Arena]] = [{} for _ in devices]
         self.resident: dict[Key, Home] = {}
+        self._files: dict[int, int] = {}  # worker: arena of the mapped model file
         self.compute: dict[tuple[int, str, int], Home] = {}
 
     def check_budget(self, residents: dict[Key, Tensor], buffers: Iterable[dict[str, tuple[int, ...]]]) -> list[Budget]:
@@ -116,7 +114,7 @@ class Memory:
         for worker, tensors in enumerate(by_worker):
             for tensor in tensors:
                 if self._in_file(worker, tensor):
-                    self.resident[_key(tensor)] = Home(worker, FILE_ARENA, self.model.weights[tensor.name].offset)
+                    self.resident[_key(tensor)] = Home(worker, self._files[worker], self.model.weights[tensor.name].offset)
             for label in ("weights", "KV", "kept"):
                 share = [t for t in tensors if purpose_of(t) == label and not self._in_file(worker, t)]
                 if share:
@@ -133,10 +131,12 @@ class Memory:
 
     def _map_file(self, workers: list[int]) -> None:
         ranges = content_ranges(self.model)
-        request = m.MapFile(FILE_ARENA, str(self.model.path.resolve()), self.model.nbytes, self.model.fingerprint)
+        path = str(self.model.path.resolve())
         for worker in workers:
+            arena = self._files[worker] = next(self.fleet.arena_numbers[worker])
+            request = m.MapFile(arena, path, self.model.nbytes, self.model.fingerprint)
             self.fleet.send(worker, request, (ranges.tobytes(),))
-            self.arenas[worker][FILE_ARENA] = Arena(self.model.nbytes, request.path, "file")
+            self.arenas[worker][arena] = Arena(self.model.nbytes, path, "file")
         self.fleet.gather(workers)
 
     def _place(self, worker: int, label: str, tensors: list[Tensor]) -> int:
@@ -156,7 +156,7 @@ class Memory:
             (self.model.weights[t.name].offset, self.resident[_key(t)].offset, self.model.weights[t.name].nbytes)
             for t in tensors
         ]
-        self.fleet.send(worker, m.Load(FILE_ARENA, arena), (np.array(pieces, np.int64).tobytes(),))
+        self.fleet.send(worker, m.Load(self._files[worker], arena), (np.array(pieces, np.int64).tobytes(),))
 
     def allocate(self, worker: int, nbytes: int, label: str) -> int:
         """A new arena on a worker; its number."""
