@@ -32,6 +32,12 @@ PARTS: Final = {
 }
 """Names for parts of a model in `--weights-type`, as expressions over tensor names."""
 
+TYPES: Final = (
+    DType.F32, DType.F16, DType.BF16, DType.Q8_0, DType.Q6_K, DType.Q5_K, DType.Q5_1, DType.Q5_0, DType.Q4_K,
+    DType.Q4_1, DType.Q4_0, DType.Q3_K, DType.Q2_K,
+)  # fmt: skip
+"""Types that weights are planned with; more than a run computes with."""
+
 _POSITIONS: Final = re.compile(r"v\.(position_embd|tile_position_embd|(pre|post)_tile_position_embd)\.weight")
 _PATCHES: Final = "v.patch_embd.weight"
 
@@ -151,6 +157,8 @@ def _rule(text: str) -> tuple[str | None, DType]:
     part, separator, label = text.rpartition("=")
     try:
         dtype = dtype_of(label)
+        if dtype not in TYPES:
+            raise ModelError(f"no weights have the type {dtype.label}: expected {', '.join(t.label for t in TYPES)}")
         re.compile(part)
     except ModelError as error:
         raise UsageError(f"--weights-type {text}: {error}") from None

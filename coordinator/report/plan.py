@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from itertools import groupby
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from coordinator.report.plan_json import graph_inputs, graph_outputs, layers_by_device
@@ -56,7 +57,7 @@ def print_outline(console: Console, outline: Outline, splits: str) -> None:
     _print_layers(console, outline)
     for graph in outline.graphs:
         console.print()
-        console.print(f"[bold]{graph_line(graph)}[/]")
+        console.print(f"[bold]{_plain(graph_line(graph))}[/]")
         if graph.plan is not None:
             console.print(_plain(ends_line(graph.plan)))
         console.print(_plain(buffers_line(graph)))
@@ -71,7 +72,7 @@ def print_outline(console: Console, outline: Outline, splits: str) -> None:
     shortage = shortage_line(outline)
     if shortage:
         console.print()
-        console.print(f"[bold]{shortage}[/]")
+        console.print(f"[bold]{_plain(shortage)}[/]")
 
 
 def _print_splits(console: Console, plan: Plan, why: bool) -> None:
@@ -95,7 +96,7 @@ def _print_layers(console: Console, outline: Outline) -> None:
     layers = layers_by_device(outline)
     if layers:
         shown = "   ".join(f"{device} {ranges(numbers)}" for device, numbers in layers.items())
-        console.print(f"[bold]layers[/]    {shown}")
+        console.print(f"[bold]layers[/]    {_plain(shown)}")
 
 
 def graph_line(graph: Planned) -> str:
@@ -142,7 +143,7 @@ def splits_table(plan: Plan, why: bool) -> Table:
         if why:
             row.append("-" if node is None else f"{node.op.name} {node.name}")
         row += [", ".join(names) or "-", show_bytes(nbytes) if inputs else "-", because(plan, number)]
-        table.add_row(*(_plain(cell) for cell in row))
+        _add(table, *row)
     return table
 
 
@@ -152,7 +153,7 @@ def memory_table(memory: Sequence[DeviceMemory]) -> Table:
     for row in memory:
         parts = [mib(row.parts[purpose]) if row.parts.get(purpose) else "-" for purpose in PURPOSES]
         limit = "-" if row.limit is None else show_bytes(row.limit)
-        table.add_row(row.device, *parts, mib(row.total), limit, _verdict(row))
+        _add(table, row.device, *parts, mib(row.total), limit, _verdict(row))
     return table
 
 
@@ -172,7 +173,7 @@ def links_table(graphs: Iterable[Planned]) -> Table:
     bytes_of = [link_bytes(plan) for _, plan in plans]
     for source, target in dict.fromkeys(link for links in bytes_of for link in links):
         cells = [show_bytes(links[source, target]) if (source, target) in links else "-" for links in bytes_of]
-        table.add_row(f"{source} -> {target}", *cells)
+        _add(table, f"{source} -> {target}", *cells)
     return table
 
 
@@ -211,9 +212,9 @@ def print_diff(console: Console, difference: Diff) -> None:
     """What moved, then splits and traffic of each graph, then memory."""
     moved = _table(("moved", "from -> to", "tensors", "bytes", "which"), right=("tensors", "bytes"))
     for group in difference.moved:
-        moved.add_row(
-            group.purpose, f"{group.source} -> {group.target}", str(len(group.names)), show_bytes(group.nbytes),
-            _plain(which(group)),
+        _add(
+            moved, group.purpose, f"{group.source} -> {group.target}", str(len(group.names)), show_bytes(group.nbytes),
+            which(group),
         )  # fmt: skip
     if difference.moved:
         console.print(moved)
@@ -222,14 +223,14 @@ def print_diff(console: Console, difference: Diff) -> None:
     console.print()
     graphs = _table(("graph", "splits", "nodes that move", "bytes per link and evaluation"))
     for graph in difference.graphs:
-        graphs.add_row(graph.name, _arrow(*map(str, graph.n_splits)), _moved_nodes(graph), _changed_links(graph))
+        _add(graphs, graph.name, _arrow(*map(str, graph.n_splits)), _moved_nodes(graph), _changed_links(graph))
     console.print(graphs)
     console.print()
     memory = _table(("memory", *PURPOSES, "total"), left=("memory",))
     for device, parts in difference.memory.items():
         pairs = [parts.get(purpose, (0, 0)) for purpose in PURPOSES]
         pairs.append((sum(a for a, _ in pairs), sum(b for _, b in pairs)))
-        memory.add_row(device, *(_arrow(mib(a), mib(b)) if (a, b) != (0, 0) else "-" for a, b in pairs))
+        _add(memory, device, *(_arrow(mib(a), mib(b)) if (a, b) != (0, 0) else "-" for a, b in pairs))
     console.print(memory)
 
 
@@ -286,5 +287,9 @@ def _named(name: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Names may hold brackets, which rich would take for markup."""
-    return text.replace("[", "\\[")
+    """Names may hold anything: brackets, which rich would take for markup, and what does not print."""
+    return escape("".join(c if c.isprintable() else "?" for c in text))
+
+
+def _add(table: Table, *cells: str) -> None:
+    table.add_row(*map(_plain, cells))

@@ -46,25 +46,19 @@ def _reason(plan: Plan, node: Tensor, cause: str, device: Device) -> str:
         return f"{weight.name} is host memory, batch {_batch(node)} >= {device.offload_min_batch}: offloaded"
     if cause in ("1.dst", "1.vsrc", "4.vsrc") and node.view_src is not None:
         return f"{_called(node)} writes to {tensors[node.view_src].name} on {_home(plan, tensors[node.view_src])}"
-    if cause == "2.sup":
-        return _spread(plan, node, device)
+    unable = [d.name for d in plan.devices if node.op.name in d.unsupported_ops]
+    if cause in ("2.sup", "3.best", "") and unable:
+        return f"{node.op.name} does not run on {', '.join(unable)}"
     words = {
         "usr": f"{node.name} is bound to {device.name}",
         "1.dst": f"{node.name} lies on {device.name}",
         "1.inp": f"{node.name} is an input",
+        "2.sup": f"{_called(node)} has no weight: it goes with its neighbours on {device.name}",
         "3.best": f"{device.name} can read most of what {node.name} needs",
         "3.upg": f"{device.name} reads the same memory and comes first",
         "4.cur": f"{node.name} is needed on {device.name}",
     }
     return words.get(cause, f"{node.name} was left to {device.name}")
-
-
-def _spread(plan: Plan, node: Tensor, device: Device) -> str:
-    """No weight decides: the node went with its neighbours, or away from a device that cannot run it."""
-    unable = [d.name for d in plan.devices if node.op.name in d.unsupported_ops]
-    if unable:
-        return f"{node.op.name} does not run on {', '.join(unable)}"
-    return f"{_called(node)} has no weight: it goes with its neighbours on {device.name}"
 
 
 def _called(node: Tensor) -> str:

@@ -35,7 +35,9 @@ def compiled(function: _F) -> _F:
 
 def helper(function: _F) -> _F:
     """Compile a part of a pass: it lives inside the passes that call it and cannot be called from outside."""
-    return cast(_F, njit(nogil=True, _nrt=False, forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)(function))
+    return cast(
+        _F, njit(nogil=True, _nrt=False, forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
+    )
 
 
 class GraphArrays(NamedTuple):

@@ -157,8 +157,9 @@ def _pins(g: Json, number: Mapping[int, int], devices: tuple[Device, ...], where
     pins = []
     for key, device in _object(g.get("pinned") or {}, f"{where}: 'pinned'").items():
         ident = int(key) if str(key).isdecimal() else key
-        index = _int(device, f"{where}: device of pinned tensor {key}", 0, len(devices) - 1)
-        pins.append((_known(ident, number, f"{where}: 'pinned'"), devices[index].name))
+        if device not in [d.name for d in devices]:
+            device = devices[_int(device, f"{where}: device of pinned tensor {key}", 0, len(devices) - 1)].name
+        pins.append((_known(ident, number, f"{where}: 'pinned'"), device))
     return pins
 
 

@@ -69,6 +69,8 @@ class Job:
             start_new_session=True,
         )
 
+        UNFINISHED.add(self)
+
     @property
     def pid(self) -> int:
         return self.process.pid
@@ -103,10 +105,11 @@ class Job:
             time.sleep(0.001)
         return True
 
-    def finish(self) -> Result:
+    def finish(self, patience_s: float = PATIENCE_S) -> Result:
         """Wait for its end, then for its processes and files to be gone."""
+        UNFINISHED.discard(self)
         try:
-            self.process.wait(PATIENCE_S)
+            self.process.wait(patience_s)
             deadline = time.monotonic() + GONE_S
             while (left := self.leftovers()) and time.monotonic() < deadline:
                 time.sleep(0.005)
@@ -123,6 +126,16 @@ class Job:
         """Processes of the session (its leader aside) and files under the temporary directory."""
         files = [str(path) for path in Path(self.tmp).rglob("*")]
         return [f"process {pid}" for pid in members(self.pid) if pid != self.pid] + files
+
+
+UNFINISHED: set[Job] = set()
+
+
+def end_unfinished() -> None:
+    """After a test that failed half-way."""
+    for job in list(UNFINISHED):
+        job.process.kill()
+        job.finish()
 
 
 def members(session: int) -> list[int]:
@@ -144,6 +157,6 @@ def stat(pid: int) -> list[str]:
         return []
 
 
-def run(arguments: Sequence[object], **options: object) -> Result:
+def run(arguments: Sequence[object], patience_s: float = PATIENCE_S, **options: object) -> Result:
     """The whole life of a command."""
-    return Job(arguments, **options).finish()  # type: ignore[arg-type]
+    return Job(arguments, **options).finish(patience_s)  # type: ignore[arg-type]

@@ -343,7 +343,9 @@ def output_is_full(b: Bench) -> Bad:
 def results(
     model: Path, image: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> Iterator[dict[str, tuple[Bad, Future[Result]]]]:
-    wanted = {item.callspec.params["name"] for item in request.session.items if hasattr(item, "callspec")} & set(CASES)
+    wanted = {item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")} & set(
+        CASES
+    )
     with ThreadPoolExecutor(2) as pool:
         started = {}
         for name in CASES:
@@ -360,7 +362,17 @@ def _run(name: str, bad: Bad) -> Result:
         return run(bad.arguments, env=bad.env, stdout=full.fileno())
 
 
-@pytest.mark.parametrize("name", CASES)
+FAST = {
+    "model_is_missing", "model_is_truncated", "model_is_something_else", "model_offset_is_beyond_the_file",
+    "model_architecture_is_unknown", "model_tensor_type_is_unknown", "model_tokenizer_is_unknown",
+    "model_tensor_has_another_shape", "image_is_something_else", "image_is_huge", "prompt_is_beyond_the_context",
+    "prompt_has_no_room_for_an_image", "more_layers_than_the_model_has", "device_is_unknown",
+    "topology_has_a_wrong_field", "accelerator_is_too_small", "worker_speaks_another_version", "number_is_none",
+    "switch_is_unknown", "command_is_unknown",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in CASES])
 def test_bad_input(name: str, results: dict[str, tuple[Bad, Future[Result]]]) -> None:
     bad, future = results[name]
     line = future.result().check(bad.status, *bad.words)

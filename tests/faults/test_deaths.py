@@ -6,14 +6,21 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.faults.harness import Job, stat
+from tests.faults.harness import Job, end_unfinished, stat
 
 pytestmark = pytest.mark.usefixtures("warm")
+
+
+@pytest.fixture(autouse=True)
+def _tidy() -> Iterator[None]:
+    yield
+    end_unfinished()
+
 
 INTERRUPTED = "crossdock: interrupted   [exit 130]"
 
@@ -54,7 +61,9 @@ STAGES: dict[str, Callable[[Job], bool]] = {
 SLOW = pytest.mark.slow
 
 
-@pytest.mark.parametrize("stage", [pytest.param("starting", marks=SLOW), "loading", "decoding"])
+@pytest.mark.parametrize(
+    "stage", [pytest.param("starting", marks=SLOW), pytest.param("loading", marks=SLOW), "decoding"]
+)
 def test_killed_worker(stage: str, long_model: Path) -> None:
     job = Job(decoding(long_model))
     job.wait_until(lambda: STAGES[stage](job))
@@ -64,6 +73,7 @@ def test_killed_worker(stage: str, long_model: Path) -> None:
         assert " the language graph" in line
 
 
+@SLOW
 def test_killed_worker_while_encoding(model: Path, image: Path) -> None:
     """Many evaluations of the vision graph, so that there is time to hit one."""
     job = Job(["run", "-m", model, *["-i", image] * 40, "-n", 1, "-q", "--ubatch", 8])
@@ -95,6 +105,7 @@ def test_stopped_worker(long_model: Path) -> None:
     assert 1 < time.monotonic() - began < 30
 
 
+@SLOW
 def test_stopped_worker_dies_with_its_coordinator(long_model: Path) -> None:
     job = Job(decoding(long_model))
     job.wait_until(lambda: is_decoding(job))
@@ -128,7 +139,9 @@ kept, module.Runner.run = module.Runner.run, dying
     job.finish().check(6, "accel1 ended with status 3 in split 7 of the language graph; its last words: I [31mresign")
 
 
-@pytest.mark.parametrize("stage", ["reading", "starting", pytest.param("loading", marks=SLOW), "decoding"])
+@pytest.mark.parametrize(
+    "stage", ["reading", pytest.param("starting", marks=SLOW), pytest.param("loading", marks=SLOW), "decoding"]
+)
 def test_killed_coordinator(stage: str, long_model: Path) -> None:
     job = Job(decoding(long_model))
     job.wait_until(lambda: STAGES[stage](job))
@@ -138,7 +151,7 @@ def test_killed_coordinator(stage: str, long_model: Path) -> None:
     assert result.stderr == ""
 
 
-FAST = {("key", "reading"), ("key", "starting"), ("key", "decoding"), ("SIGTERM", "loading"), ("SIGINT", "decoding")}
+FAST = {("key", "reading"), ("SIGTERM", "loading"), ("key", "decoding")}
 
 
 @pytest.mark.parametrize(
@@ -163,6 +176,7 @@ def test_interrupt(how: str, stage: str, long_model: Path) -> None:
     assert result.leftovers == []
 
 
+@SLOW
 def test_impatient_interrupts(long_model: Path) -> None:
     job = Job(decoding(long_model))
     job.wait_until(lambda: is_decoding(job))

@@ -33,6 +33,9 @@ def expected(warm: None, model: Path, image: Path) -> tuple[object, object, obje
     return found
 
 
-@pytest.mark.parametrize("way", WAYS)
+FAST = {"sharedmem", "everything"}
+
+
+@pytest.mark.parametrize("way", [pytest.param(way, marks=() if way in FAST else pytest.mark.slow) for way in WAYS])
 def test_same_bytes(way: str, expected: tuple[object, object, object], model: Path, image: Path) -> None:
     assert answer(model, image, *WAYS[way]) == expected

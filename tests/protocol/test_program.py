@@ -68,7 +68,7 @@ def test_instructions_round_trip(instructions: list[Instruction]) -> None:
     assert unpack_instructions(table, n_ops=9, n_workers=10, n_transfers=10) == instructions
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(st.lists(st.lists(WORD, min_size=OP_WORDS, max_size=OP_WORDS), max_size=3))
 def test_random_ops(rows: list[list[int]]) -> None:
     table = np.array(rows, np.int64).reshape(-1, OP_WORDS)
@@ -78,7 +78,7 @@ def test_random_ops(rows: list[list[int]]) -> None:
         assert all(r.dst.arena == 0 and 0 <= r.dst.offset <= 4096 - r.dst.span for r in records)
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(st.dictionaries(st.integers(0, 3), st.integers(0, 1 << 46)), WORD, WORD, WORD)
 def test_range(sizes: dict[int, int], arena: int, offset: int, nbytes: int) -> None:
     inside = arena in sizes and 0 <= offset <= sizes[arena] and 0 <= nbytes <= sizes[arena] - offset
@@ -89,7 +89,7 @@ def test_range(sizes: dict[int, int], arena: int, offset: int, nbytes: int) -> N
             check_range(sizes, arena, offset, nbytes, "it")
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(
     st.sampled_from([DType.F32, DType.F16, DType.Q8_0]),
     st.tuples(*[st.integers(0, 5)] * 4),

@@ -61,20 +61,20 @@ def refused(frames: list[Any], *words: str) -> str:
     return line
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(st.lists(st.binary(max_size=40), max_size=6))
 def test_random_frames(frames: list[bytes]) -> None:
     refused(frames)
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(st.binary(max_size=200))
 def test_random_header(header: bytes) -> None:
     with contextlib.suppress(ProtocolError):
         decode(framed(header))
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(st.sampled_from(sorted(m.KINDS)), st.data())
 def test_wrong_fields(kind: str, data: st.DataObject) -> None:
     """A sound message with one field replaced, removed or added."""

@@ -87,6 +87,8 @@ def test_pins_and_absent_sources() -> None:
     [result] = plan_document(doc)
     assert result["backend"]["30"] == 1
     assert result["cause"]["30"] == "usr"
+    doc["graphs"][0]["pinned"] = {"30": "CPU"}
+    assert plan_document(doc) == [result]
 
 
 def test_out_and_in_again() -> None:

@@ -1,19 +1,15 @@
-"""Golden plans and the outputs in docs/plans.md: `python tests/report/golden.py` writes both anew."""
+"""Golden plans and the outputs in docs/plans.md: `python tests/report/golden_plans.py` writes both anew."""
 
 from __future__ import annotations
 
 import json
 import re
 import shlex
-import sys
-from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
+from plan_command import ROOT, TINY, plan
 
-from commands import ROOT, TINY, plan
-
-GOLDEN = ROOT / "tests" / "golden"
+GOLDEN = ROOT / "tests" / "golden" / "models"
 DOCS = ROOT / "docs" / "plans.md"
 
 _SMALL = (TINY, "-c", "64", "-ub", "40", "--device", "gpu0:align=128", "-ngl", "4")
