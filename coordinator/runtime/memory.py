@@ -8,18 +8,15 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from coordinator.config import Topology
-from coordinator.graph.node import Graph, Tensor
+from coordinator.graph.node import Tensor
 from coordinator.model.gguf_file import ModelFile, content_ranges
 from coordinator.runtime.fleet import Fleet
 from coordinator.schedule.lower import Home
 from coordinator.schedule.plan import Device
+from coordinator.schedule.residents import Key, purpose_of
 from protocol import messages as m
 from protocol.errors import CapacityError
 from protocol.messages import PeerArena
-from protocol.ops import Usage
-
-Key = tuple[str, str]
-"""A resident tensor: its name and buffer type."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,27 +42,6 @@ class Budget:
     def total(self) -> int:
         """Sum over purposes."""
         return sum(self.parts.values())
-
-
-def residents(graphs: Iterable[Graph]) -> dict[Key, Tensor]:
-    """Every tensor that exists before the graphs do, by name and buffer type."""
-    found: dict[Key, Tensor] = {}
-    for graph in graphs:
-        for ident in graph.leafs:
-            tensor = graph.tensors[ident]
-            if tensor.buffer is not None:
-                key = (tensor.name, tensor.buffer.buft)
-                if key not in found or found[key].nbytes < tensor.nbytes:
-                    found[key] = tensor
-    return found
-
-
-def purpose_of(tensor: Tensor) -> str:
-    """What a resident tensor counts as in tables: weights, KV or kept."""
-    assert tensor.buffer is not None
-    if tensor.buffer.usage == Usage.WEIGHTS:
-        return "weights"
-    return "kept" if tensor.name == "cross_states" else "KV"
 
 
 class Memory:
@@ -114,7 +90,8 @@ class Memory:
         for worker, tensors in enumerate(by_worker):
             for tensor in tensors:
                 if self._in_file(worker, tensor):
-                    self.resident[_key(tensor)] = Home(worker, self._files[worker], self.model.weights[tensor.name].offset)
+                    offset = self.model.weights[tensor.name].offset
+                    self.resident[_key(tensor)] = Home(worker, self._files[worker], offset)
             for label in ("weights", "KV", "kept"):
                 share = [t for t in tensors if purpose_of(t) == label and not self._in_file(worker, t)]
                 if share:

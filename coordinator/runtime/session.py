@@ -19,10 +19,11 @@ from coordinator.model.image import Tiles
 from coordinator.runtime.evaluate import Evaluator, Shipped, StepResult
 from coordinator.runtime.fleet import Fleet
 from coordinator.runtime.inputs import CrossMasks, text_inputs, vision_inputs
-from coordinator.runtime.memory import Budget, Memory, residents
+from coordinator.runtime.memory import Budget, Memory
 from coordinator.schedule.lower import Home, Keep
 from coordinator.schedule.placement import Placement, PlacementOptions, plan_placement
 from coordinator.schedule.plan import Device
+from coordinator.schedule.residents import residents
 from coordinator.schedule.scheduler import Scheduler
 from protocol import messages as m
 from protocol.dtypes import DType
@@ -32,9 +33,6 @@ ACCEL_ALIGNMENT = 128
 HOST_ALIGNMENT = 32
 KV_PADDING = 256
 """The language graph reads the cache in multiples of this, so that one plan serves many tokens (as llama.cpp)."""
-
-SMALL_BATCH = 32
-"""Below this many tokens llama.cpp binds each layer's norms to the layer's device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,8 +166,6 @@ class Session:
 
     def _language_graph(self, n_tokens: int, n_kv: int, *, write: bool) -> Graph:
         cross = CrossState(self.n_cross, write) if self.n_images else None
-        whole = all(device != self.placement.host for device in self.placement.layers)
-        pins = n_tokens < SMALL_BATCH or whole
         return build_language(
             self.params,
             self.model.weights,
@@ -181,7 +177,7 @@ class Session:
             kv_dtype=self.options.kv_dtype,
             cross=cross,
             debug=self.text_debug,
-            pin_norm=(lambda layer: self.devices[self.placement.layers[layer]].name) if pins else None,
+            pin_norm=self.placement.pin_norm(n_tokens),
         )
 
     def encode(self, image: int, tiles: Tiles) -> tuple[StepResult, Shipped]:

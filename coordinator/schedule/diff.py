@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from coordinator.schedule.outline import Outline, link_bytes, purpose_of, residents
+from coordinator.schedule.outline import Outline, link_bytes
 from coordinator.schedule.plan import Plan
+from coordinator.schedule.residents import purpose_of, residents
 
 Link = tuple[str, str]
 """Names of two devices: from, to."""

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 from coordinator.model.presets import Blueprint
-from coordinator.schedule.outline import Outline, Setting, build_graphs, fit_setting, plan_model, residents
+from coordinator.schedule.outline import Outline, Setting, build_graphs, fit_setting, plan_model
 from coordinator.schedule.placement import Placement, plan_placement
+from coordinator.schedule.residents import residents
 from protocol.errors import CapacityError, UsageError
 
 EXHAUSTIVE = 16

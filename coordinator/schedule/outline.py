@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from coordinator.graph.debug import add_debug_inputs, route_debug_inputs
 from coordinator.graph.language import CrossState, build_language
 from coordinator.graph.language_2024 import build_language_2024
-from coordinator.graph.node import Graph, Tensor
+from coordinator.graph.node import Graph
 from coordinator.graph.vision import build_vision
 from coordinator.graph.vision_2024 import build_vision_2024
 from coordinator.model.hparams import ModelParams
@@ -17,23 +16,18 @@ from coordinator.model.presets import Blueprint
 from coordinator.schedule.document import Document
 from coordinator.schedule.placement import Placement, PlacementOptions, plan_placement
 from coordinator.schedule.plan import Device, Plan
+from coordinator.schedule.residents import purpose_of, residents
 from coordinator.schedule.scheduler import Scheduler
 from protocol.dtypes import DType
 from protocol.errors import UsageError
-from protocol.ops import Usage
 
 PHASES = ("vision", "prompt", "token")
 """The graphs of a run: an image, a batch of the prompt, one more token."""
 
 DIALECTS = ("2026", "2024")
 
-SMALL_BATCH = 32
-"""Below this many tokens llama.cpp binds each layer's norms to the layer's device."""
-
 PURPOSES = ("weights", "KV", "kept", "compute")
 """What memory is for, in the order of tables."""
-
-_CACHE = re.compile(r"(cache|cross)_[kv]_l\d+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,42 +220,13 @@ class _Graphs:
             return build_language_2024(
                 self.params, self.weights, self.placement, n_tokens=n_tokens, n_past=0 if prompt else setting.n_kv - 1,
                 n_kv=setting.n_kv, n_outputs=n_outputs, n_ctx=setting.n_ctx, kv_dtype=setting.kv_dtype,
-                n_cross=self.n_cross, cross_write=prompt, pin_norm=self._pin_norm(n_tokens),
+                n_cross=self.n_cross, cross_write=prompt, pin_norm=self.placement.pin_norm(n_tokens),
             )  # fmt: skip
         cross = CrossState(self.n_cross, prompt) if self.n_cross else None
         return build_language(
             self.params, self.weights, self.placement, n_tokens=n_tokens, n_kv=setting.n_kv, n_outputs=n_outputs,
-            n_ctx=setting.n_ctx, kv_dtype=setting.kv_dtype, cross=cross, pin_norm=self._pin_norm(n_tokens),
+            n_ctx=setting.n_ctx, kv_dtype=setting.kv_dtype, cross=cross, pin_norm=self.placement.pin_norm(n_tokens),
         )  # fmt: skip
-
-    def _pin_norm(self, n_tokens: int) -> Callable[[int], str | None] | None:
-        """llama.cpp binds the norms of small batches, and all when the whole model is offloaded."""
-        placement = self.placement
-        whole = all(device != placement.host for device in placement.layers)
-        if n_tokens >= SMALL_BATCH and not whole:
-            return None
-        return lambda layer: placement.devices[placement.layers[layer]].name
-
-
-def residents(graphs: Iterable[Graph]) -> dict[tuple[str, str], Tensor]:
-    """Every tensor that exists before the graphs do, by name and buffer type; the largest of a name counts."""
-    found: dict[tuple[str, str], Tensor] = {}
-    for graph in graphs:
-        for ident in graph.leafs:
-            tensor = graph.tensors[ident]
-            if tensor.buffer is not None:
-                key = (tensor.name, tensor.buffer.buft)
-                if key not in found or found[key].nbytes < tensor.nbytes:
-                    found[key] = tensor
-    return found
-
-
-def purpose_of(tensor: Tensor) -> str:
-    """What a resident tensor counts as: weights, KV or kept."""
-    assert tensor.buffer is not None
-    if tensor.buffer.usage == Usage.WEIGHTS:
-        return "weights"
-    return "KV" if _CACHE.fullmatch(tensor.name) else "kept"
 
 
 def device_memory(

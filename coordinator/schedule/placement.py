@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from coordinator.graph.node import BufferRef
@@ -13,6 +13,9 @@ from protocol.errors import UsageError
 from protocol.ops import Usage
 
 _LAYER = re.compile(r"(?:v\.global\.|v\.)?blk\.(\d+)\.|(?:cache|cross)_([kv])_l(\d+)$")
+SMALL_BATCH = 32
+"""Below this many tokens llama.cpp binds each layer's norms to the layer's device."""
+
 _OUTPUT = ("output.weight", "output_norm.weight")
 
 
@@ -61,6 +64,14 @@ class Placement:
             return self.host
         layer = int(match[1] or match[3])
         return self.layers[layer] if layer < len(self.layers) - 1 else self.layers[-2]
+
+    def pin_norm(self, n_tokens: int) -> Callable[[int], str | None] | None:
+        """Which device the norms of a layer are bound to: llama.cpp binds those of small batches, and all of them when
+        the whole model is offloaded; else None."""
+        whole = all(device != self.host for device in self.layers)
+        if n_tokens >= SMALL_BATCH and not whole:
+            return None
+        return lambda layer: self.devices[self.layers[layer]].name
 
     def __call__(self, name: str) -> BufferRef:
         """Buffer type of a weight or cache by name, for the graph builders."""
