@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -39,14 +41,27 @@ def warm(progress: Progress | None = None) -> int:
     if is_warm():
         return _load(progress)
     with _alone(CACHE):
+        if not is_warm():
+            _compile(os.cpu_count() or 1)
         count = _load(progress)
         with suppress(OSError):
             _marker().touch()
     return count
 
 
-def _load(progress: Progress | None) -> int:
-    tasks = [("threads", team.prepare), *((kernel.name, kernel.address) for kernel in KERNELS)]
+def _compile(processes: int) -> None:
+    """Fill the cache by several processes, each with its share of the kernels; what they miss is compiled later."""
+    command = [sys.executable, "-P", "-m", "workers.kernels.warm", "--share"]
+    started = [subprocess.Popen([*command, str(k), str(processes)]) for k in range(1, processes)]
+    try:
+        _load(None, 0, processes)
+    finally:
+        for process in started:
+            process.wait()
+
+
+def _load(progress: Progress | None, first: int = 0, step: int = 1) -> int:
+    tasks = [("threads", team.prepare), *((kernel.name, kernel.address) for kernel in KERNELS)][first::step]
     for k, (name, task) in enumerate(tasks):
         task()
         if progress is not None:
@@ -86,7 +101,10 @@ def _lock(descriptor: int) -> None:
 
 
 def main() -> None:
-    """Warm the cache and print the progress, a line per kernel."""
+    """Warm the cache and print the progress, a line per kernel; `--share K N` does every Nth kernel from the Kth on."""
+    if sys.argv[1:2] == ["--share"]:
+        _load(None, int(sys.argv[2]), int(sys.argv[3]))
+        return
     warm(lambda done, total, name: print(f"{done}/{total} {name}", flush=True))
 
 
