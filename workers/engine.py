@@ -8,17 +8,18 @@ from protocol.program import OperandRef, OpRecord
 from workers.arena import Arenas
 from workers.execute import Executor, ResolvedOp, Table, build_table
 from workers.kernels.stage import Operand
+from workers.kernels.table import EXACT
 
 
 class KernelEngine:
     """Numba kernels on a team of threads; the same bytes for every number of threads."""
 
-    def __init__(self, threads: int) -> None:
-        self.executor = Executor(threads)
+    def __init__(self, threads: int, arithmetic: str = EXACT) -> None:
+        self.executor, self.arithmetic = Executor(threads), arithmetic
 
     def build(self, ops: Sequence[OpRecord], arenas: Arenas) -> Table:
-        """The executor's table. Raises CapacityError where no kernel fits."""
-        return build_table([_resolve(op, arenas) for op in ops], self.executor.threads)
+        """The executor's table. Raises CapacityError where no kernel fits, or the CPU lacks the arithmetic."""
+        return build_table([_resolve(op, arenas) for op in ops], self.executor.threads, self.arithmetic)
 
     def run(self, built: Table, first: int, last: int) -> None:
         """Compute operations [first, last)."""

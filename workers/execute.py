@@ -70,18 +70,20 @@ def is_computed(op: ResolvedOp) -> bool:
     return op.op is not Op.NONE and op.op not in VIEW_OPS and 0 not in op.dst[1].ne
 
 
-def build_table(ops: Sequence[ResolvedOp], threads: int) -> Table:
+def build_table(ops: Sequence[ResolvedOp], threads: int, arithmetic: str = table.EXACT) -> Table:
     """Choose kernels for `ops` and lay them out for a team of `threads`.
 
-    Raises a CrossdockError that names op, types and shapes where no kernel fits.
+    Raises a CrossdockError that names op, types and shapes where no kernel fits, and CapacityError where the machine
+    does not have the arithmetic.
     """
+    table.check_arithmetic(arithmetic)
     lines: list[NDArray[np.int64]] = []
     starts = [0]
     work_nbytes = 0
     for op in ops:
         if is_computed(op):
             sources = tuple(None if s is None else s[1] for s in op.src)
-            for stage in table.select(op.op, op.dst[1], sources, op.params, threads):
+            for stage in table.select(op.op, op.dst[1], sources, op.params, threads, arithmetic):
                 line = _operand_words(op)
                 line[row.KERNEL] = stage.kernel.address()
                 line[row.FLAGS] = row.BARRIER if stage.barrier else 0

@@ -31,23 +31,22 @@ class Do(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """A piece of memory: `compute` (a chunk of a scheduler's buffer), `resident`, `kept` (of its own) or `host`.
+    """A piece of memory: `compute` (a scheduler's buffer), `resident`, `kept` (of its own) or `host`.
 
-    `generation` counts how often a compute buffer was replaced.
+    Chunks of a buffer lie one behind the other: what overflows one lands in the next. `generation` counts how often
+    the buffer was replaced.
     """
 
     kind: str
     owner: str
     buft: str = ""
-    chunk: int = 0
     generation: int = 0
 
     @property
     def label(self) -> str:
         """In words."""
         if self.kind == "compute":
-            chunk = f" chunk {self.chunk}" if self.chunk else ""
-            return f"{self.buft} compute buffer{chunk}"
+            return f"{self.buft} compute buffer"
         if self.kind == "resident":
             return f"{self.buft} memory of {self.owner}"
         return f"host memory {self.owner}" if self.kind == "host" else f"memory of its own of {self.owner}"
@@ -57,8 +56,9 @@ class Region:
 class Operand:
     """A tensor as an act sees it: bytes [start, end) of `region`, and what they should hold.
 
-    `wants` are the acts that should have written them last. `epoch` is the region's when the act was issued. `traits`
-    are facts that tell hazards apart: input, output, view, root-output, handle, shared, released.
+    `base` is where the tensor that `key` names starts (that of a view is its root's). `wants` are the acts that should
+    have written them last. `epoch` is the region's when the act was issued. `traits` are facts that tell hazards
+    apart: input, output, view, root-output, released, stale-plan, shared, handle.
     """
 
     region: Region
@@ -66,6 +66,7 @@ class Operand:
     end: int
     tensor: str
     key: Key
+    base: int = 0
     epoch: int = 0
     wants: tuple[Run, ...] = ()
     traits: frozenset[str] = frozenset()

@@ -141,7 +141,7 @@ def test_bad_images(tmp_path: Path, reference: Path) -> None:
         assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match="No such file"):
         load_image(tmp_path / "none.png")
-    with pytest.raises(InputError, match="Is a directory"):
+    with pytest.raises(InputError, match="not a regular file"):
         load_image(tmp_path)
 
 

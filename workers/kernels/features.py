@@ -17,7 +17,7 @@ KNOWN = ("avx2", "fma", "f16c")
 """Features that kernels have special code for. `CROSSDOCK_DISABLE=avx2,f16c` does without; results stay the same."""
 
 _COMPILED = re.compile(r"@kernel|njit|IRBuilder")
-_IMPORT = re.compile(r"^from workers\.kernels(?:\.(\w+) import|\s+import ([\w ,]+))", re.MULTILINE)
+_IMPORT = re.compile(r"^from workers\.kernels(?:\.([\w.]+) import|\s+import ([\w ,]+))", re.MULTILINE)
 _OURS = re.compile(r"crossdock-[0-9a-f]{12}-[a-z0-9-]+")
 
 
@@ -76,7 +76,11 @@ def shared_sources() -> dict[str, str]:
 
     numba notices a change only in a kernel's own file, so these have to be part of the cache's name.
     """
-    sources = {path.stem: path.read_text("utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))}
+    folder = Path(__file__).parent
+    sources = {
+        ".".join(path.relative_to(folder).with_suffix("").parts): path.read_text("utf-8")
+        for path in sorted(folder.rglob("*.py"))
+    }
     shared: set[str] = set()
     for source in sources.values():
         if _COMPILED.search(source):
