@@ -5,19 +5,20 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from collections.abc import Mapping
 from functools import cache
 
 from protocol.errors import UsageError
 
 VARIABLE = "CROSSDOCK_DISABLE"
 
-SWITCHES = ("memfd", "futex", "sharedmem", "pidfd", "forkserver", "avx2", "fma", "f16c")
+SWITCHES = ("memfd", "futex", "sharedmem", "avx2", "fma", "f16c")
 """Everything that can be switched off; each has a portable twin."""
 
 
-def disabled() -> frozenset[str]:
+def disabled(environ: Mapping[str, str] = os.environ) -> frozenset[str]:
     """Features switched off by the environment, lower case."""
-    return frozenset(word.strip().lower() for word in os.environ.get(VARIABLE, "").split(",") if word.strip())
+    return frozenset(word.strip().lower() for word in environ.get(VARIABLE, "").split(",") if word.strip())
 
 
 def check_switches() -> None:
@@ -29,7 +30,8 @@ def check_switches() -> None:
 
 @cache
 def has(feature: str) -> bool:
-    """True when the machine has an operating-system feature and it is not switched off.
+    """True when the machine has an operating-system feature and it is not switched off (of the CPU's, see
+    workers.kernels.features).
 
     memfd: anonymous shared files. futex: sleeping on a word of shared memory. sharedmem: processes of one host may
     exchange tensors through shared memory at all; it needs x86-64's store order, since a plain store publishes.
@@ -42,6 +44,4 @@ def has(feature: str) -> bool:
         "memfd": linux and hasattr(os, "memfd_create") and os.path.isdir("/proc/self/fd"),
         "futex": linux and x86,
         "sharedmem": x86 and os.name == "posix",
-        "pidfd": linux and hasattr(os, "pidfd_open"),
-        "forkserver": linux and hasattr(os, "fork"),
     }.get(feature, False)

@@ -224,9 +224,9 @@ class StatsRequest:
 
 @_message("statistics")
 class Stats:
-    """Resident and arena bytes of a worker."""
+    """Most bytes that the worker's process has had in memory, and bytes of its arenas now."""
 
-    resident_nbytes: int
+    peak_nbytes: int
     arena_nbytes: int
 
 

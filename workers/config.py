@@ -12,7 +12,10 @@ from protocol.schema import from_plain
 
 @dataclass(frozen=True, slots=True)
 class WorkerConfig:
-    """`memory` in bytes limits the sum of the arenas, None: no limit. `token` proves who started us."""
+    """`memory` in bytes limits the sum of the arenas, None: no limit. `token` proves who started us.
+
+    `arithmetic`: which kernels, one of kernels/table.py's.
+    """
 
     name: str
     incarnation: int
@@ -20,6 +23,7 @@ class WorkerConfig:
     memory: int | None
     threads: int
     unsupported_ops: tuple[str, ...]
+    arithmetic: str
     endpoint: str
     transport: str
     plane: str

@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from protocol.errors import WorkerError
+from protocol.features import disabled
 from protocol.ops import VIEW_OPS, Op
-from workers.kernels import features, row, table, team
+from workers.kernels import row, table, team
 from workers.kernels.stage import Operand
 
 Resolved = tuple[int, Operand]
@@ -127,7 +128,7 @@ class Executor:
     def __init__(self, threads: int = 1) -> None:
         assert threads >= 1, threads
         self.threads = threads
-        self._futex = 0 if "futex" in features.disabled() else team.FUTEX_NUMBER or 0
+        self._futex = 0 if "futex" in disabled() else team.FUTEX_NUMBER or 0
         self._memory = np.zeros(team.CONTROL_WORDS + 16, np.int32)
         skip = -self._memory.ctypes.data % _ALIGNMENT // 4
         self._control = self._memory[skip : skip + team.CONTROL_WORDS]

@@ -6,6 +6,7 @@ import os
 import resource
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import zmq
@@ -64,7 +65,7 @@ def _engine(config: WorkerConfig) -> Engine:
         return NullEngine()
     from workers.engine import KernelEngine  # numba: a second to import, and nothing for null workers
 
-    return KernelEngine(config.threads)
+    return KernelEngine(config.threads, config.arithmetic)
 
 
 def _plane(
@@ -177,9 +178,17 @@ class _Worker:
         return m.Written(request.arena), ()
 
     def _stats(self, request: m.StatsRequest, buffers: Buffers) -> Reply:
+        return m.Stats(_peak_nbytes(), self.arenas.allocated_nbytes), ()
+
+
+def _peak_nbytes() -> int:
+    """Most memory that this process has ever had in use. Linux's getrusage would count its parent's before exec."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) * 1024
+    except (OSError, StopIteration, ValueError):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        resident = peak if sys.platform == "darwin" else peak * 1024
-        return m.Stats(resident, self.arenas.allocated_nbytes), ()
+        return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _only(buffers: Buffers) -> memoryview:

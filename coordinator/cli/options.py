@@ -42,7 +42,9 @@ def fleet_options(chosen: argparse.Namespace) -> FleetOptions:
         raise UsageError(f"--port {chosen.port}: expected 0 to 65535")
     if not chosen.stall_timeout > 0:
         raise UsageError(f"--stall-timeout {chosen.stall_timeout:g}: expected more than 0 s")
-    return FleetOptions(chosen.transport, chosen.port, stall_timeout_s=chosen.stall_timeout)
+    return FleetOptions(
+        chosen.transport, chosen.port, stall_timeout_s=chosen.stall_timeout, arithmetic=chosen.arithmetic
+    )
 
 
 def session_options(chosen: argparse.Namespace) -> SessionOptions:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from importlib import metadata
 from typing import NoReturn
 
+from coordinator.cli.check_arguments import add_check, add_scenario
 from coordinator.cli.plan_arguments import add_plan
 from protocol.errors import UsageError
 
@@ -32,6 +33,8 @@ def parse(arguments: list[str]) -> Command:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
     add_run(commands.add_parser("run", help="describe images or continue text, across worker processes"))
     add_plan(commands.add_parser("plan", help="show what would run where, and what it would need, without running it"))
+    add_check(commands.add_parser("check", help="find memory that is read after somebody else took it over, in plans"))
+    add_scenario(commands.add_parser("scenario", help="act out such hazards on real bytes, in each mode of ownership"))
     add_convert(commands.add_parser("convert", help="turn a Hugging Face folder into one GGUF file"))
     add_doctor(commands.add_parser("doctor", help="say what this machine has, and what replaces what it lacks"))
     chosen = parser.parse_args(arguments)
@@ -48,6 +51,14 @@ def _command(chosen: argparse.Namespace) -> Command:
         from coordinator.cli.plan import plan
 
         return lambda: plan(chosen)
+    if chosen.command == "check":
+        from coordinator.cli.check import check
+
+        return lambda: check(chosen)
+    if chosen.command == "scenario":
+        from coordinator.cli.scenario import scenario
+
+        return lambda: scenario(chosen)
     if chosen.command == "convert":
         from coordinator.cli.convert import convert
 
@@ -101,6 +112,8 @@ def add_placement(group: argparse._ArgumentGroup) -> None:
                        help="vision and language graphs on one scheduler")  # fmt: skip
     group.add_argument("--debug-tensor", action="append", default=[], metavar="NAME_copy",
                        help="add an unused input shaped like tensor NAME")  # fmt: skip
+    group.add_argument("--arithmetic", choices=("exact", "ggml"), default="exact",
+                       help="ggml: the bits of ggml's own kernels on AVX2")  # fmt: skip
     group.add_argument("--transport", choices=("ipc", "tcp"), default="ipc", help="between processes of this machine")
     group.add_argument("--port", type=_at_least(0), default=0, metavar="N", help="tcp control port (default: any free)")
     group.add_argument("--stall-timeout", type=float, default=60.0, metavar="S",

@@ -70,14 +70,15 @@ def run(chosen: argparse.Namespace) -> int:
             pieces.append(piece)
             if not chosen.json:
                 _write([piece], False)
+        peaks = session.peak_memory()
     tokens = [token for token, _ in pieces if token >= 0]
     if chosen.json:
         text = "".join(text for _, text in pieces)
-        print(json.dumps(report.run_document(session, timings, tokens, text, first_ns), ensure_ascii=False))
+        print(json.dumps(report.run_document(session, timings, tokens, text, first_ns, peaks), ensure_ascii=False))
     else:
         print(flush=True)
     if talk:
-        _summary(console, session, timings, first_ns)
+        _summary(console, session, timings, first_ns, peaks)
     return Exit.OK
 
 
@@ -88,7 +89,7 @@ def _write(pieces: list[tuple[int, str]], first: bool) -> None:
     sys.stdout.flush()
 
 
-def _summary(console: Console, session: Session, timings: Timings, first_ns: int) -> None:
+def _summary(console: Console, session: Session, timings: Timings, first_ns: int, peaks: list[int]) -> None:
     console.print()
     console.print(f"[bold]plan[/]      {report.plan_line(timings)}")
     console.print(report.speed_line(timings, first_ns))
@@ -98,7 +99,7 @@ def _summary(console: Console, session: Session, timings: Timings, first_ns: int
     console.print()
     console.print(report.graphs_table(timings, session.topology.names))
     console.print()
-    console.print(report.memory_table(session))
+    console.print(report.memory_table(session, peaks))
 
 
 def _sampling(chosen: argparse.Namespace) -> SamplingParams:

@@ -7,8 +7,9 @@ from dataclasses import replace
 from coordinator.graph.node import ABSENT, Tensor
 from coordinator.ownership.actions import HOST, Do, Operand
 from coordinator.ownership.facts import Finding, Kind
-from coordinator.ownership.machine import Instance, Machine
+from coordinator.ownership.machine import Machine
 from coordinator.ownership.shadow import finding
+from coordinator.ownership.tenancy import Instance
 from coordinator.schedule.plan import Device, Split
 from protocol.ops import Flag, Op
 
@@ -53,7 +54,9 @@ def _begin(machine: Machine, instance: Instance) -> None:
             target = machine.operand(instance, ident)
             if target is not None:
                 name = graph.tensors[ident].name
-                machine.emit(Do.COPY, tensor=f"{instance.name}.{name}", reads=(machine.reading(kept),), writes=(target,))
+                machine.emit(
+                    Do.COPY, tensor=f"{instance.name}.{name}", reads=(machine.reading(kept),), writes=(target,)
+                )
 
 
 def _copies(instance: Instance) -> dict[tuple[int, int], int]:
@@ -80,7 +83,8 @@ def _enter_split(
         if source is None:
             continue
         owner = plan.devices[plan.backend[ident]].name
-        agent, after = HOST, ()
+        agent = HOST
+        after: tuple[int, ...] = ()
         if tensor.flags & Flag.INPUT or machine.agent(device) == HOST:
             machine.wait(device)  # no copy to a slot that is still read
             if not tensor.flags & Flag.INPUT:
@@ -108,9 +112,7 @@ def _node(machine: Machine, instance: Instance, number: int, index: int) -> None
         machine.keep(ref, target, agent=machine.agent(device.name), device=device.name)
 
 
-def _compute(
-    machine: Machine, instance: Instance, number: int, index: int, node: Tensor, target: Operand
-) -> None:
+def _compute(machine: Machine, instance: Instance, number: int, index: int, node: Tensor, target: Operand) -> None:
     plan = instance.plan
     device = plan.devices[plan.splits[number].backend]
     sources = plan.sources[index]
@@ -121,7 +123,7 @@ def _compute(
         operand = machine.operand(instance, ident)
         if operand is not None:
             reads.append(machine.reading(operand))
-    written, problem = target, _overflow(instance, target)
+    written, problem = target, overflow(instance, target)
     if not _usable(device, target):
         written, problem = _redirected(machine, instance, index, node, target)
     facts = {
@@ -166,7 +168,8 @@ def _redirected(
     return target, finding(Kind.LOST_WRITE, target.tensor, why, extent=target.extent)
 
 
-def _overflow(instance: Instance, target: Operand) -> Finding | None:
+def overflow(instance: Instance, target: Operand) -> Finding | None:
+    """The hazard of a tensor that ends behind its chunk, or None."""
     for region, first, size in instance.chunks.values():
         if target.region == region and first <= target.start < first + size < target.end:
             why = f"ends at byte {target.end - first} of a chunk of {size}: the buffer was not replaced"

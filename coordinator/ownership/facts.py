@@ -69,8 +69,8 @@ class Finding:
     """One hazard. `latent`: the bytes are intact in this plan, by luck.
 
     `tensor` is what the reader wants; `writer` wrote it in `extent`, `overwriter` is what lies there instead,
-    `reader` is who would read that. `hidden_by` are changes to the program that leave the bytes intact (computed by
-    planning them), `would_help` those that protect them.
+    `reader` is who would read that. `hidden_by` are changes to the program that leave the bytes intact, `shown_by`
+    those that do not (computed by planning them); `would_help` are those that protect them.
     """
 
     kind: Kind
@@ -84,6 +84,7 @@ class Finding:
     reader: Access | None = None
     latent: bool = False
     hidden_by: tuple[str, ...] = ()
+    shown_by: tuple[str, ...] = ()
     would_help: tuple[str, ...] = ()
 
     @property

@@ -6,11 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from coordinator.ownership.actions import Do, Operand, Region
-from coordinator.ownership.evaluation import evaluate
+from coordinator.ownership.evaluation import evaluate, overflow
 from coordinator.ownership.facts import Access, Finding, Kind
-from coordinator.ownership.machine import Instance, Machine
+from coordinator.ownership.machine import Machine
 from coordinator.ownership.sequence import Sequence, Step
 from coordinator.ownership.shadow import finding
+from coordinator.ownership.tenancy import Instance
 from protocol.errors import InputError, PlanError
 from protocol.ops import Flag
 
@@ -120,7 +121,8 @@ def _fill(
     p: Program, instance: Instance, ident: int, target: Operand, step: Step, do: Do, reads: tuple[Operand, ...]
 ) -> None:
     m = p.machine
-    m.emit(do, tensor=step.tensor, reads=reads, writes=(target,), value=step.value)
+    problem = overflow(instance, target)
+    m.emit(do, tensor=step.tensor, reads=reads, writes=(target,), value=step.value, problem=problem)
     instance.set_contents[target.key] = m.contents[target.key].copy()
     if m.safe and target.region.kind == "compute":
         kept = m.own_memory(f"{instance.name}.{instance.graph.tensors[ident].name}", target)

@@ -112,7 +112,9 @@ class _Run:
             for operand in action.writes:
                 self._bytes(operand)[:] = POISON if action.do is Do.FREE else np.float32(action.value)
         elif action.do is Do.COPY:
-            self._bytes(action.writes[0])[:] = np.resize(self._bytes(action.reads[0]), self._bytes(action.writes[0]).size)
+            self._bytes(action.writes[0])[:] = np.resize(
+                self._bytes(action.reads[0]), self._bytes(action.writes[0]).size
+            )
         elif action.do is Do.NODE:
             out = self._bytes(action.writes[0])
             out[:] = compute(action.op, action.params, [self._bytes(r).copy() for r in action.reads], out.size)

@@ -51,8 +51,9 @@ def topology(graph: Graph) -> tuple[object, ...]:
 
 def identity(graph: Graph) -> tuple[object, ...]:
     """Everything that a plan of the graph may be reused for: all but names of tensors without memory of their own."""
-    return tuple(
-        (t.op, t.dtype, t.ne, t.nb, t.params, t.src, t.view_src, t.view_offs, int(t.flags), t.buffer)
-        + ((t.name,) if t.buffer is not None else ())
+    rows = [
+        (t.op, t.dtype, t.ne, t.nb, t.params, t.src, t.view_src, t.view_offs, int(t.flags), t.buffer,
+         None if t.buffer is None else t.name)
         for t in graph.tensors
-    ) + (graph.expand, graph.pins)
+    ]  # fmt: skip
+    return (*rows, graph.expand, graph.pins)

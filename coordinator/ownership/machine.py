@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
-from coordinator.graph.node import BufferRef, Graph
+from coordinator.graph.node import BufferRef
 from coordinator.ownership.actions import HOST, Action, Do, Key, Operand, Region
 from coordinator.ownership.facts import Finding, Kind
 from coordinator.ownership.lifetimes import identity, released, topology
@@ -14,49 +14,12 @@ from coordinator.ownership.order import Order
 from coordinator.ownership.runs import Run, Runs
 from coordinator.ownership.sequence import GraphSpec, Sequence
 from coordinator.ownership.shadow import Shadow, finding
+from coordinator.ownership.tenancy import Dock, Instance, chunks_of, difference, traits_of
 from coordinator.schedule.check import check_plan
 from coordinator.schedule.plan import Place, Plan
 from coordinator.schedule.scheduler import Scheduler
 from protocol.errors import InputError, PlanError
-from protocol.ops import Flag, Usage
-
-
-@dataclass(slots=True)
-class Dock:
-    """A scheduler and whose its buffers are. `epoch` grows whenever another graph takes them over."""
-
-    name: str
-    scheduler: Scheduler
-    epoch: int = 0
-    tenant: int = -1
-    sizes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    generations: dict[str, int] = field(default_factory=dict)
-    reserved_by: tuple[object, ...] = ()
-    seen: set[tuple[object, ...]] = field(default_factory=set)
-    dropped: set[tuple[object, ...]] = field(default_factory=set)
-
-
-@dataclass(slots=True)
-class Instance:
-    """A graph that was allocated: its plan, where its chunks start, and what it was given."""
-
-    number: int
-    name: str
-    spec: GraphSpec
-    plan: Plan
-    dock: Dock
-    chunks: dict[tuple[str, int], tuple[Region, int, int]]  # region, first byte, size
-    released: frozenset[int]
-    stale: bool = False  # places were made for another graph
-    evaluation: int = 0
-    problem: Finding | None = None
-    given: dict[int, Operand] = field(default_factory=dict)  # inputs that the host keeps, in safe ownership
-    set_contents: dict[Key, Runs] = field(default_factory=dict)
-
-    @property
-    def graph(self) -> Graph:
-        """The planned graph."""
-        return self.plan.graph
+from protocol.ops import Usage
 
 
 class Machine:
@@ -161,7 +124,7 @@ class Machine:
         dock.seen.add(kind)
         self._resize(dock, plan.buffer_sizes)
         dock.epoch += 1
-        instance = Instance(self._n_instances, name, spec, plan, dock, _chunks(dock), released(plan), stale)
+        instance = Instance(self._n_instances, name, spec, plan, dock, chunks_of(dock), released(plan), stale)
         dock.tenant = instance.number
         self._n_instances += 1
         self.instances[name] = instance
@@ -250,7 +213,7 @@ class Machine:
             if self.safe:
                 return self.allocate(name, old.dock.name)
             why = f"the plan of {other} is used for {name}: the shapes are the same, what it reads is not"
-            old.problem = finding(Kind.STALE_PLAN, _difference(name, spec.graph, old.graph), why)
+            old.problem = finding(Kind.STALE_PLAN, difference(name, spec.graph, old.graph), why)
         else:
             old.problem = None
         self.instances[name] = old
@@ -288,7 +251,7 @@ class Machine:
         if root.id in instance.spec.borrows:
             base = self.resolve(instance.spec.borrows[root.id])
             return replace(base, start=base.start + offs, end=base.start + offs + size)
-        traits = _traits(instance, ident)
+        traits = traits_of(instance, ident)
         if root.id in instance.spec.shared:
             ref = instance.spec.shared[root.id]
             region, start = self.shared_places[ref]
@@ -342,42 +305,9 @@ class Machine:
         self.redirect[ref] = target
 
 
-def _traits(instance: Instance, ident: int) -> frozenset[str]:
-    tensor = instance.graph.tensors[ident]
-    root = tensor if tensor.view_src is None else instance.graph.tensors[tensor.view_src]
-    facts = {
-        "input": bool((tensor.flags | root.flags) & Flag.INPUT),
-        "output": bool(tensor.flags & Flag.OUTPUT),
-        "root-output": bool(root.flags & Flag.OUTPUT),
-        "view": tensor.view_src is not None,
-        "released": root.id in instance.released,
-        "stale-plan": instance.stale,
-        "shared": root.id in instance.spec.shared,
-    }
-    return frozenset(name for name, holds in facts.items() if holds)
-
-
-def _chunks(dock: Dock) -> dict[tuple[str, int], tuple[Region, int, int]]:
-    out = {}
-    for buft, sizes in dock.sizes.items():
-        first = 0
-        for chunk, size in enumerate(sizes):
-            out[buft, chunk] = (Region("compute", dock.name, buft, dock.generations[buft]), first, size)
-            first += size
-    return out
-
-
 def _outliving(sequence: Sequence) -> frozenset[str]:
     """Tensors that the host or another graph reads after the graph that makes them."""
     refs = {s.tensor for s in sequence.steps if s.do in ("read", "pointer")}
     refs |= {s.source for s in sequence.steps if s.do == "copy"}
     refs |= {ref for spec in sequence.graphs.values() for ref in spec.borrows.values()}
     return frozenset(refs)
-
-
-def _difference(name: str, new: Graph, old: Graph) -> str:
-    """The first tensor in which two graphs differ."""
-    for a, b in zip(new.tensors, old.tensors, strict=False):
-        if replace(a, name="") != replace(b, name="") or (a.buffer is not None and a.name != b.name):
-            return f"{name}.{a.name}"
-    return name

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.graph.node import Graph
+from coordinator.ownership.check import check_sequence
 from coordinator.ownership.facts import Finding, Kind
 from coordinator.ownership.host import ACTS, walk
 from coordinator.ownership.interpret import Run, run
@@ -78,20 +79,6 @@ class Report:
         )
 
 
-def check_sequence(sequence: Sequence) -> tuple[Finding, ...]:
-    """Hazards of a program, before anything runs: one per kind, tensor and reader's graph, manifest ones first.
-
-    Raises InputError for steps that cannot be meant, PlanError for graphs that cannot be planned.
-    """
-    found: dict[tuple[str, ...], Finding] = {}
-    for finding in walk(sequence).findings:
-        reader = finding.reader.graph if finding.reader else ""
-        key = (finding.kind, finding.tensor, reader)
-        if key not in found or (found[key].latent and not finding.latent):
-            found[key] = finding
-    return tuple(sorted(found.values(), key=lambda f: (f.is_cost, f.latent)))
-
-
 def play(scenario: Scenario, modes: tuple[str, ...] = MODES) -> Report:
     """Check a scenario and act it out in each mode. Raises InputError."""
     try:
@@ -145,8 +132,9 @@ def parse_scenario(raw: Mapping[str, Any]) -> Scenario:
         _typed(raw, "op_offload", bool, False),
     )  # fmt: skip
     return Scenario(
-        _typed(raw, "id", str), _typed(raw, "title", str), _typed(raw, "source", str, ""), _typed(raw, "about", str, ""),
-        _typed(raw, "twin_of", str, ""), sequence, None if late is None else frozenset(map(str, late)),
+        _typed(raw, "id", str), _typed(raw, "title", str), _typed(raw, "source", str, ""),
+        _typed(raw, "about", str, ""), _typed(raw, "twin_of", str, ""), sequence,
+        None if late is None else frozenset(map(str, late)),
         _expected(_typed(raw, "expect", dict)), _typed(raw, "reallocations", dict, {}),
     )  # fmt: skip
 

@@ -70,15 +70,15 @@ class Shadow:
         wrote = [w for w in writer.writes if w.key == operand.key]
         if not any(w.region == operand.region and w.start < operand.end and operand.start < w.end for w in wrote):
             return _elsewhere(operand, writer)
+        written = self._epoch(wanted, operand)
+        if operand.region.kind == "compute" and written != operand.epoch:
+            return Kind.STALE_READ, _epoch_why(operand, written)
         if operand.region in self._freed:
             return Kind.FREED_IN_FLIGHT, f"the {operand.region.label} was freed and replaced before {name} was read"
         if who > action.number:
             return Kind.OVERWRITTEN_IN_FLIGHT, f"nothing waits for the read of {name} before its bytes are reused"
         if who == NOBODY or (who < wanted and action.agent != writer.agent):
             return Kind.READ_TOO_EARLY, f"{name} has not been written yet: nothing waits for its writer"
-        written = self._epoch(wanted, operand)
-        if operand.region.kind == "compute" and written != operand.epoch:
-            return Kind.STALE_READ, _epoch_why(operand, written)
         return self._within_epoch(action, operand, self._actions[who])
 
     def _within_epoch(self, action: Action, operand: Operand, over: Action) -> tuple[Kind, str]:
@@ -117,7 +117,9 @@ class Shadow:
         )  # fmt: skip
 
     def _freed_finding(self, action: Action, operand: Operand) -> Finding:
-        why = f"the {operand.region.label} was freed and replaced while {_short(operand.tensor)} was still to be written"
+        why = (
+            f"the {operand.region.label} was freed and replaced while {_short(operand.tensor)} was still to be written"
+        )
         free = self._actions[self._freed[operand.region]].access()
         return finding(Kind.FREED_IN_FLIGHT, operand.tensor, why, extent=operand.extent, epoch=operand.epoch,
                        epoch_now=operand.epoch, writer=action.access(operand), overwriter=free)  # fmt: skip
@@ -148,7 +150,8 @@ def finding(kind: Kind, tensor: str, why: str, **facts: object) -> Finding:
         "reader": _actor(reader) if isinstance(reader, Access) else "the reader",
         "writer": _actor(writer) if isinstance(writer, Access) else "the writer",
     }
-    return Finding(kind, tensor, why, would_help=tuple(h.format(**names) for h in HELP[kind]), **facts)  # type: ignore[arg-type]
+    helps = tuple(text.format(**names) for text in HELP[kind])
+    return Finding(kind, tensor, why, would_help=helps, **facts)  # type: ignore[arg-type]
 
 
 def _actor(access: Access) -> str:

@@ -100,13 +100,14 @@ def graphs_table(timings: Timings, names: Sequence[str]) -> Table:
     return table
 
 
-def memory_table(session: Session) -> Table:
-    """Bytes per worker and purpose, against the worker's limit."""
+def memory_table(session: Session, peaks: Sequence[int]) -> Table:
+    """Bytes per worker and purpose, against the worker's limit, and what the whole process has used at most."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     columns = ("weights", "KV", "kept", "compute")
-    for header in ("worker", *columns, "total", "limit"):
+    for header in ("worker", *columns, "total", "limit", "process"):
         table.add_column(header, justify="left" if header == "worker" else "right")
-    for spec, budget in zip(session.topology.workers, session.budgets, strict=True):
+    workers = zip(session.topology.workers, session.budgets, peaks, strict=True)
+    for spec, budget, peak in workers:
         parts = [show_bytes(budget.parts[c]) if budget.parts.get(c) else "-" for c in columns]
         if spec.name == session.topology.workers[-1].name and not budget.parts.get("weights"):
             parts[0] = "mapped"
@@ -117,7 +118,7 @@ def memory_table(session: Session) -> Table:
 
 
 def run_document(
-    session: Session, timings: Timings, tokens: Sequence[int], text: str, first_token_ns: int
+    session: Session, timings: Timings, tokens: Sequence[int], text: str, first_token_ns: int, peaks: Sequence[int]
 ) -> dict[str, Any]:
     """The same facts for programs (`--json`)."""
     names = session.topology.names
@@ -128,8 +129,15 @@ def run_document(
         "tokens": list(tokens),
         "embeddings_sha256": timings.digests,
         "workers": [
-            {"name": spec.name, "kind": spec.kind, "threads": spec.threads, "limit": spec.memory, "bytes": budget.parts}
-            for spec, budget in zip(session.topology.workers, session.budgets, strict=True)
+            {
+                "name": spec.name,
+                "kind": spec.kind,
+                "threads": spec.threads,
+                "limit": spec.memory,
+                "bytes": budget.parts,
+                "process_bytes": peak,
+            }
+            for spec, budget, peak in zip(session.topology.workers, session.budgets, peaks, strict=True)
         ],
         "graphs": {
             label: {

@@ -34,12 +34,16 @@ STALL_TIMEOUT_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class FleetOptions:
-    """How the processes talk. `plane`: shared memory, or bytes in messages; None: shared where that can be."""
+    """How the processes talk and compute. `plane`: shared memory, or bytes in messages; None: shared where that can be.
+
+    `arithmetic`: "exact", or "ggml" for kernels with ggml's bits, which need a CPU with AVX2, FMA and F16C.
+    """
 
     transport: str = "ipc"
     port: int = 0
     plane: str | None = None
     stall_timeout_s: float = STALL_TIMEOUT_S
+    arithmetic: str = "exact"
 
 
 class Fleet:
@@ -100,7 +104,8 @@ class Fleet:
         for spec in self.topology.workers:
             configuration: dict[str, object] = {
                 "name": spec.name, "incarnation": 0, "kind": spec.kind, "memory": spec.memory,
-                "threads": spec.threads, "unsupported_ops": spec.unsupported_ops, "endpoint": self.endpoint,
+                "threads": spec.threads, "unsupported_ops": spec.unsupported_ops,
+                "arithmetic": self.options.arithmetic, "endpoint": self.endpoint,
                 "transport": self.options.transport, "plane": self.plane, "run_directory": self.directory,
                 "board": self.board.segment.path, "token": self._token,
             }  # fmt: skip

@@ -146,6 +146,13 @@ class Session:
         self.evaluator.drop()
         self.memory.release()
 
+    def peak_memory(self) -> list[int]:
+        """Most bytes that each worker's process has had in memory, code and libraries included."""
+        workers = range(len(self.devices))
+        for worker in workers:
+            self.fleet.send(worker, m.StatsRequest())
+        return [answer.message.peak_nbytes for _, answer in sorted(self.fleet.gather(workers).items())]
+
     def restart(self) -> None:
         """Begin a new sequence: the caches are written over from the start."""
         self.n_past = 0

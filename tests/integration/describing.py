@@ -53,9 +53,9 @@ def chat_prompt(loaded: Loaded, text: str, images: Sequence[Path] = ()) -> Promp
 
 
 @contextmanager
-def fleet_of(workers: str, threads: int = 1, transport: str = "ipc") -> Iterator[Fleet]:
+def fleet_of(workers: str, threads: int = 1, transport: str = "ipc", arithmetic: str = "exact") -> Iterator[Fleet]:
     """A started fleet."""
-    with Fleet(parse_workers(workers, threads), FleetOptions(transport)) as fleet:
+    with Fleet(parse_workers(workers, threads), FleetOptions(transport, arithmetic=arithmetic)) as fleet:
         fleet.start()
         fleet.handshake()
         yield fleet

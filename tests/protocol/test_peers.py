@@ -215,7 +215,7 @@ def worker(stdin: bytes, directory: str = "") -> tuple[int, str]:
 
 CONFIGURATION = {
     "name": "null0", "incarnation": 0, "kind": "null", "memory": None, "threads": 1, "unsupported_ops": [],
-    "transport": "ipc", "plane": "shared", "board": "/nonexistent", "token": "t",
+    "arithmetic": "exact", "transport": "ipc", "plane": "shared", "board": "/nonexistent", "token": "t",
 }  # fmt: skip
 
 

@@ -13,18 +13,14 @@ from pathlib import Path
 
 import llvmlite.binding as llvm
 
+from protocol.features import disabled
+
 KNOWN = ("avx2", "fma", "f16c")
 """Features that kernels have special code for. `CROSSDOCK_DISABLE=avx2,f16c` does without; results stay the same."""
 
 _COMPILED = re.compile(r"@kernel|njit|IRBuilder")
 _IMPORT = re.compile(r"^from workers\.kernels(?:\.([\w.]+) import|\s+import ([\w ,]+))", re.MULTILINE)
 _OURS = re.compile(r"crossdock-[0-9a-f]{12}-[a-z0-9-]+")
-
-
-def disabled(environ: Mapping[str, str] = os.environ) -> frozenset[str]:
-    """Names in `CROSSDOCK_DISABLE`, a comma list in any case; names that are no CPU feature are for others to read."""
-    names = (name.strip().lower() for name in environ.get("CROSSDOCK_DISABLE", "").split(","))
-    return frozenset(name for name in names if name)
 
 
 def detect(environ: Mapping[str, str] = os.environ) -> frozenset[str]:

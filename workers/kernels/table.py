@@ -58,9 +58,9 @@ def find(
     family = FAMILIES.get(op)
     stages = None if family is None else family(op, dst, src, params, threads)
     if stages is not None and arithmetic == GGML:
-        from workers.kernels.ggml.table import FAMILIES as like_ggml  # nobody else has to load, let alone compile it
+        from workers.kernels.ggml import table as like_ggml  # nobody else has to load, let alone compile it
 
-        twin = like_ggml.get(op)
+        twin = like_ggml.FAMILIES.get(op)
         stages = (twin(op, dst, src, params, threads) if twin is not None else None) or stages
     return stages
 

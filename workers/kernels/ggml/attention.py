@@ -109,7 +109,9 @@ def stages(
 ) -> tuple[Stage, ...] | None:
     """FLASH_ATTN_EXT of what the default kernel takes, if keys, values and mask are F16 and heads a multiple of 32."""
     q, k, v, mask = src[0], src[1], src[2], src[3] if len(src) > 3 else None
-    assert q is not None and k is not None and v is not None
+    assert q is not None
+    assert k is not None
+    assert v is not None
     halves = (k, v) if mask is None else (k, v, mask)
     if any(t.dtype != DType.F16 or t.nb[0] != 2 for t in halves) or q.nb[0] != 4 or q.ne[0] % 32 or v.ne[0] % 32:
         return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from llvmlite import ir
 from numba import types
 
@@ -17,9 +19,12 @@ _C1, _C2, _C3, _C4, _C5 = (
 )
 """exp(r) = 1 + _C1 r + _C2 r**2 + ... on |r| <= ln(2) / 2: Arm's optimized-routines, as ggml has them."""
 
-expf, cosf, sinf = (
-    make(_REAL, _REAL)(lambda b, x, name=name: call(b, name, F32, [x])) for name in ("expf", "cosf", "sinf")
-)
+
+def _library(name: str) -> Any:
+    return make(_REAL, _REAL)(lambda b, x: call(b, name, F32, [x]))
+
+
+expf, cosf, sinf = _library("expf"), _library("cosf"), _library("sinf")
 powf = make(_REAL, _REAL, _REAL)(lambda b, x, y: call(b, "powf", F32, [x, y]))
 sqrtf = make(_REAL, _REAL)(lambda b, x: call(b, "llvm.sqrt.f32", F32, [x]))
 
@@ -61,11 +66,11 @@ def emit_silu(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
 exp8, silu8 = make(f32x8, f32x8)(emit_exp), make(f32x8, f32x8)(emit_silu)
 
 
-def _sum_neighbours(b: ir.IRBuilder, v: ir.Value) -> ir.Value:
+def emit_sum_neighbours(b: ir.IRBuilder, v: ir.Value) -> ir.Value:
     """Eight lanes to one: 4 and 4, then neighbours, then both pairs."""
     v = b.fadd(shuffle(b, v, None, [0, 1, 2, 3]), shuffle(b, v, None, [4, 5, 6, 7]))
     x = [b.extract_element(v, const(I32, i)) for i in range(4)]
     return b.fadd(b.fadd(x[0], x[1]), b.fadd(x[2], x[3]))
 
 
-sum_neighbours = make(_REAL, f32x8)(_sum_neighbours)
+sum_neighbours = make(_REAL, f32x8)(emit_sum_neighbours)

@@ -1,8 +1,8 @@
-"""MUL_MAT of Q4_0, Q4_1 and Q8_0 weights: activations in blocks of 8 bits, eight F32 sums along the row.
+"""MUL_MAT of Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 weights: activations in blocks of 8 bits, eight F32 sums along the row.
 
 Lane l of eight takes the integer products of elements 4 l to 4 l + 3 of each block, exact as i32, and adds them up
 block after block, times the product of both scales, in one fused step. The lanes are added last: 4 and 4, 2 and 2, 1
-and 1. Q4_1's minima times the activations' sums make a ninth, scalar sum that joins at the very end.
+and 1. The minima of Q4_1 and Q5_1 times the activations' sums make a ninth, scalar sum that joins at the very end.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from workers.kernels.emit import (
     sum_lanes,
     widen_half,
 )
+from workers.kernels.ggml import floats
 from workers.kernels.matformats import FORMATS, Format, unpack_quants
 from workers.kernels.matlanes import clamped_row
 from workers.kernels.quantize_rows import QUANTIZE, column_nbytes, columns_nbytes
@@ -47,7 +48,7 @@ from workers.kernels.stage import Kernel, Operand, Stage, kernel
 _W, _Y = words.SRC[0], words.SRC[1]
 _GROUP = 8
 """Rows that a thread takes at a time."""
-_Q4_0, _Q4_1, _Q8_0 = (int(d) for d in (DType.Q4_0, DType.Q4_1, DType.Q8_0))
+_Q4_0, _Q4_1, _Q5_0, _Q5_1, _Q8_0 = (int(DType[name]) for name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"))
 
 
 def _weights(b: ir.IRBuilder, form: Format, where: ir.Value) -> ir.Value:
@@ -172,6 +173,18 @@ def ggml_multiply_q4_1(row: int, ith: int, nth: int) -> None:
 
 
 @kernel
+def ggml_multiply_q5_0(row: int, ith: int, nth: int) -> None:
+    """Q5_0 weights."""
+    _multiply(row, ith, nth, _Q5_0)
+
+
+@kernel
+def ggml_multiply_q5_1(row: int, ith: int, nth: int) -> None:
+    """Q5_1 weights."""
+    _multiply(row, ith, nth, _Q5_1)
+
+
+@kernel
 def ggml_multiply_q8_0(row: int, ith: int, nth: int) -> None:
     """Q8_0 weights."""
     _multiply(row, ith, nth, _Q8_0)
@@ -180,6 +193,8 @@ def ggml_multiply_q8_0(row: int, ith: int, nth: int) -> None:
 PRODUCTS: dict[DType, Kernel] = {
     DType.Q4_0: ggml_multiply_q4_0,
     DType.Q4_1: ggml_multiply_q4_1,
+    DType.Q5_0: ggml_multiply_q5_0,
+    DType.Q5_1: ggml_multiply_q5_1,
     DType.Q8_0: ggml_multiply_q8_0,
 }
 
@@ -189,9 +204,10 @@ def stages(
 ) -> tuple[Stage, ...] | None:
     """MUL_MAT of what the default kernels take, for the types that are known here; None for others."""
     weights, columns = src[0], src[1]
-    assert weights is not None and columns is not None
+    assert weights is not None
+    assert columns is not None
     if weights.dtype not in PRODUCTS:
-        return None
+        return floats.stages(weights, columns)
     form = FORMATS[int(weights.dtype)]
     work = columns_nbytes(form.activation, columns.ne)
     aux = (column_nbytes(form.activation, weights.ne[0]),)

@@ -1,0 +1,68 @@
+"""`crossdock check`: lifetime hazards of graphs that share a scheduler, found before anything runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+
+from coordinator.cli import options
+from coordinator.cli.plan import setting_of
+from coordinator.model.presets import open_blueprint
+from coordinator.ownership.check import Alternative, alternatives, check_sequence, explain
+from coordinator.ownership.programs import document_sequence, model_alternatives, model_sequence
+from coordinator.ownership.sequence import Sequence
+from coordinator.report.plan import answer
+from coordinator.report.story import finding_document, print_findings, summary
+from coordinator.schedule.document import load_document
+from protocol.errors import Exit, InputError, PlanError, UsageError
+
+
+def check(chosen: argparse.Namespace) -> int:
+    """List hazards; exits with FOUND when there are some."""
+    if chosen.graph is not None:
+        if chosen.model is not None:
+            raise UsageError(f"--graph {chosen.graph} and MODEL do not go together: the document says everything")
+        sequence = _document(chosen)
+        more: Iterator[Alternative] = iter(())
+    else:
+        sequence, more = _model(chosen)
+    findings = check_sequence(sequence)
+    if not chosen.no_alternatives:
+        findings = explain(findings, chain(alternatives(sequence), more))
+    if chosen.json:
+        document = {"graphs": list(sequence.graphs), "findings": [finding_document(f) for f in findings]}
+        print(json.dumps(document, ensure_ascii=False))
+    else:
+        with answer() as console:
+            print_findings(console, findings)
+            if findings:
+                console.print()
+            console.print(summary(findings, len(sequence.graphs)))
+    return Exit.FOUND if findings else Exit.OK
+
+
+def _document(chosen: argparse.Namespace) -> Sequence:
+    try:
+        return document_sequence(load_document(_read(chosen.graph)))
+    except PlanError as error:
+        raise PlanError(f"{chosen.graph}: {str(error).removeprefix('document: ')}") from None
+
+
+def _read(file: str) -> bytes:
+    if file == "-":
+        return sys.stdin.buffer.read()
+    try:
+        return Path(file).read_bytes()
+    except OSError as error:
+        raise InputError(f"{file}: {error.strerror}") from None
+
+
+def _model(chosen: argparse.Namespace) -> tuple[Sequence, Iterator[Alternative]]:
+    blueprint = open_blueprint(str(options.model_path(chosen)), chosen.weights_type)
+    setting = setting_of(chosen)
+    sequence = model_sequence(blueprint, setting, safe=chosen.ownership == "safe")
+    return sequence, model_alternatives(blueprint, setting)

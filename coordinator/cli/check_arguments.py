@@ -1,0 +1,30 @@
+"""Arguments of `crossdock check` and `crossdock scenario`."""
+
+from __future__ import annotations
+
+import argparse
+
+from coordinator.cli.plan_arguments import add_devices, add_layout, add_model
+
+MODES = ("faithful", "strict", "safe")
+
+
+def add_check(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `crossdock check`."""
+    add_model(parser)
+    add_devices(parser.add_argument_group("devices"))
+    add_layout(parser.add_argument_group("what lies where"))
+    group = parser.add_argument_group("what is checked")
+    group.add_argument("--ownership", choices=MODES, default="safe",
+                       help="safe (default): the vision output is kept, as crossdock run does; faithful, strict: the "
+                       "language graph reads it where the vision graph left it, as ggml does")  # fmt: skip
+    group.add_argument("--no-alternatives", action="store_true",
+                       help="do not plan what would hide a hazard: debug inputs, pins, layers")  # fmt: skip
+    group.add_argument("--json", action="store_true", help="one JSON document instead of text")
+
+
+def add_scenario(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `crossdock scenario`."""
+    parser.add_argument("name", nargs="?", default="all", metavar="NAME", help="such as s1 or h14, a TOML file, or all")
+    parser.add_argument("--ownership", choices=MODES, default=None, help="one mode (default: all three)")
+    parser.add_argument("--json", action="store_true", help="one JSON document instead of text")
