@@ -188,7 +188,9 @@ class Machine:
         spec = self.sequence.graphs[name]
         tensors = list(spec.graph.tensors)
         for ident, ref in spec.borrows.items():
-            tensors[ident] = replace(tensors[ident], buffer=BufferRef(self.resolve(ref).region.buft, Usage.COMPUTE))
+            if ref in self.redirect or ref.partition(".")[0] in self.instances:  # else only reserved, before its time
+                buft = self.resolve(ref).region.buft
+                tensors[ident] = replace(tensors[ident], buffer=BufferRef(buft, Usage.COMPUTE))
         shared = spec.shared
         if self.safe:
             host = self.sequence.devices[-1]

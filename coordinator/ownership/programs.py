@@ -39,8 +39,8 @@ def document_sequence(document: Document) -> Sequence:
 
 
 def model_sequence(blueprint: Blueprint, setting: Setting, *, safe: bool) -> Sequence:
-    """A model's phases in order. With `safe` the vision output is kept, as `crossdock run` does; otherwise the
-    language graph reads it where the vision graph left it.
+    """A model's phases in order, after a reservation for the prompt as llama.cpp makes it. With `safe` the vision
+    output is kept, as `crossdock run` does; otherwise the language graph reads it where the vision graph left it.
 
     Raises UsageError, ModelError for a setting that does not go with the model.
     """
@@ -58,6 +58,8 @@ def model_sequence(blueprint: Blueprint, setting: Setting, *, safe: bool) -> Seq
         steps += _evaluation(name, graph, "vision" if own else MAIN)
         if name == "vision" and safe:
             steps.append(Step("keep", tensor=HANDED_OVER[0]))
+    if "prompt" in specs:
+        steps.insert(0, Step("reserve", graph="prompt"))
     return Sequence(setting.devices, specs, tuple(steps), parallel=setting.parallel, op_offload=setting.op_offload)
 
 

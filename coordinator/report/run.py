@@ -111,9 +111,8 @@ def memory_table(session: Session, peaks: Sequence[int]) -> Table:
         parts = [show_bytes(budget.parts[c]) if budget.parts.get(c) else "-" for c in columns]
         if spec.name == session.topology.workers[-1].name and not budget.parts.get("weights"):
             parts[0] = "mapped"
-        table.add_row(
-            spec.name, *parts, show_bytes(budget.total), "-" if spec.memory is None else show_bytes(spec.memory)
-        )
+        limit = "-" if spec.memory is None else show_bytes(spec.memory)
+        table.add_row(spec.name, *parts, show_bytes(budget.total), limit, show_bytes(peak))
     return table
 
 

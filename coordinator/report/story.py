@@ -1,4 +1,4 @@
-"""Hazards in words: who wants what, what lies there, why, what hides it and what would help; and scenarios as a table."""
+"""Hazards in words: who wants what, what lies there, why, what hides it, what would help; scenarios as a table."""
 
 from __future__ import annotations
 
@@ -166,6 +166,8 @@ def _wants(f: Finding) -> str:
 
 
 def _found(a: Access) -> str:
+    if a.what == "free":
+        return f"{a.tensor} was replaced by the host, step {a.step}: its contents are lost"
     at = f" [{a.extent.start}, {a.extent.end})" if a.extent is not None else ""
     epoch = f" in epoch {a.epoch}" if a.epoch else ""
     return f"{_short(a.tensor)}{at}, written{epoch} by the {_actor(a).removeprefix('the ')}"

@@ -55,7 +55,7 @@ def _dot(a: int, b: int, n: int, lanes: int) -> float:
 
 
 @njit(error_model="numpy")  # type: ignore[untyped-decorator]
-def _one_query(
+def one_query(
     q: int, k: int, k_step: int, v: int, v_step: int, mask: int, keys: int, n: int, scale: float, out: int, room: int
 ) -> None:
     """Attention of one query row; `room` has 8 n bytes."""
@@ -176,7 +176,7 @@ class Program:
         scale = np.float32(node.params[0])
         for i in range(n):
             for head in range(heads):
-                _one_query(
+                one_query(
                     self._address(q) + i * q.nb[1] + head * q.nb[2],
                     self._address(k) + head // group * k.nb[2], k.nb[1],
                     self._address(v) + head // group * v.nb[2], v.nb[1],
