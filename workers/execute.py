@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from protocol.errors import WorkerError
+from protocol.errors import PlanError, WorkerError
 from protocol.features import disabled
 from protocol.ops import VIEW_OPS, Op
-from workers.kernels import row, table, team
+from workers.kernels import row, shapes, table, team
 from workers.kernels.stage import Operand
 
 Resolved = tuple[int, Operand]
@@ -74,16 +74,17 @@ def is_computed(op: ResolvedOp) -> bool:
 def build_table(ops: Sequence[ResolvedOp], threads: int, arithmetic: str = table.EXACT) -> Table:
     """Choose kernels for `ops` and lay them out for a team of `threads`.
 
-    Raises a CrossdockError that names op, types and shapes where no kernel fits, and CapacityError where the machine
-    does not have the arithmetic.
+    Raises a CrossdockError that names op, types and shapes where operands do not agree or no kernel fits, and
+    CapacityError where the machine does not have the arithmetic.
     """
     table.check_arithmetic(arithmetic)
     lines: list[NDArray[np.int64]] = []
     starts = [0]
     work_nbytes = 0
-    for op in ops:
+    for number, op in enumerate(ops):
         if is_computed(op):
             sources = tuple(None if s is None else s[1] for s in op.src)
+            _check_shapes(number, op, sources)
             for stage in table.select(op.op, op.dst[1], sources, op.params, threads, arithmetic):
                 line = _operand_words(op)
                 line[row.KERNEL] = stage.kernel.address()
@@ -97,6 +98,14 @@ def build_table(ops: Sequence[ResolvedOp], threads: int, arithmetic: str = table
     work = np.zeros(work_nbytes + _ALIGNMENT, np.uint8)
     rows[:, row.WORK] = -(-work.ctypes.data // _ALIGNMENT) * _ALIGNMENT
     return Table(rows, tuple(starts), work, threads, int(rows.ctypes.data))
+
+
+def _check_shapes(number: int, op: ResolvedOp, sources: Sequence[Operand | None]) -> None:
+    try:
+        shapes.check(op.op, op.dst[1], sources, op.params)
+        shapes.check_overlaps(op.op, op.dst, op.src)
+    except PlanError as error:
+        raise PlanError(f"operation {number}: {error}") from None
 
 
 def _operand_words(op: ResolvedOp) -> NDArray[np.int64]:

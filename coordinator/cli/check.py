@@ -20,6 +20,9 @@ from coordinator.report.story import finding_document, print_findings, summary
 from coordinator.schedule.document import load_document
 from protocol.errors import Exit, InputError, PlanError, UsageError
 
+SMALL = 2000
+"""Nodes of all graphs up to which alternatives are planned unless told otherwise: a second or so."""
+
 
 def check(chosen: argparse.Namespace) -> int:
     """List hazards; exits with FOUND when there are some."""
@@ -31,7 +34,7 @@ def check(chosen: argparse.Namespace) -> int:
     else:
         sequence, more = _model(chosen)
     findings = check_sequence(sequence)
-    if not chosen.no_alternatives:
+    if _is_small(sequence) if chosen.alternatives is None else chosen.alternatives:
         findings = explain(findings, chain(alternatives(sequence), more))
     if chosen.json:
         document = {"graphs": list(sequence.graphs), "findings": [finding_document(f) for f in findings]}
@@ -43,6 +46,10 @@ def check(chosen: argparse.Namespace) -> int:
                 console.print()
             console.print(summary(findings, len(sequence.graphs)))
     return Exit.FOUND if findings else Exit.OK
+
+
+def _is_small(sequence: Sequence) -> bool:
+    return sum(len(spec.graph.nodes) for spec in sequence.graphs.values()) <= SMALL
 
 
 def _document(chosen: argparse.Namespace) -> Sequence:

@@ -18,8 +18,8 @@ def add_check(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--ownership", choices=MODES, default="safe",
                        help="safe (default): the vision output is kept, as crossdock run does; faithful, strict: the "
                        "language graph reads it where the vision graph left it, as ggml does")  # fmt: skip
-    group.add_argument("--no-alternatives", action="store_true",
-                       help="do not plan what would hide a hazard: debug inputs, pins, layers")  # fmt: skip
+    group.add_argument("--alternatives", action=argparse.BooleanOptionalAction, default=None,
+                       help="plan what would hide it: debug inputs, pins, layers (default: if graphs are small)")  # fmt: skip
     group.add_argument("--json", action="store_true", help="one JSON document instead of text")
 
 

@@ -159,7 +159,7 @@ def _redirected(
             start = copy.start + node.view_offs - seen.view_offs
             if machine.safe:
                 return replace(copy, start=start, end=start + node.nbytes), None
-            why = f"{node.op.name} writes to a copy of {target.tensor.partition('.')[2]}, which is never copied back"
+            why = f"{node.op.name} writes to a copy of {seen.name} on {copy.region.buft}, which is never copied back"
             written = replace(
                 target, region=copy.region, start=start, end=start + node.nbytes, base=start - node.view_offs
             )

@@ -25,7 +25,8 @@ from protocol.ops import Usage
 class Machine:
     """Memory, schedulers and acts of one program; lives as long as it takes to walk it.
 
-    `actions` are the acts so far, `findings` the hazards that show in program order or by missing order, costs last.
+    `actions` are the acts so far, `plans` those of every allocation, `findings` the hazards that show in program order
+    or because nothing orders two acts.
     With `safe`, tensors that are read after their graph get memory of their own, inputs are set again before each
     evaluation, whoever overwrites waits for readers, and plans are used for their own graph alone.
     """
@@ -35,6 +36,7 @@ class Machine:
         self.quirks = frozenset() if safe else sequence.quirks
         self.actions: list[Action] = []
         self.findings: list[Finding] = []
+        self.plans: list[Plan] = []
         self.reallocations = 0
         self.step = 0
         self.docks: dict[str, Dock] = {}
@@ -121,6 +123,7 @@ class Machine:
         if self.safe and stale:
             plan = self._plan_own(dock, spec, plan)
             stale = False
+        self.plans.append(plan)
         dock.seen.add(kind)
         self._resize(dock, plan.buffer_sizes)
         dock.epoch += 1

@@ -21,10 +21,7 @@ _LAYERS = re.compile(r"n-gpu-layers (\d+)(.*)")
 def story(finding: Finding) -> list[str]:
     """The lines of a finding: a title, then what, found, why, hidden, help, each under its own word."""
     kind = str(finding.kind).replace("-", " ")
-    title = kind if len(kind) < _MARGIN else f"{kind}\n"
-    lines = [f"{title:<{0 if len(kind) >= _MARGIN else _MARGIN + 2}}{_heading(finding)}"]
-    if "\n" in title:
-        lines = [kind, f"{'':{_MARGIN + 2}}{_heading(finding)}"]
+    lines = [f"{kind:<{_MARGIN + 2}}{_heading(finding)}" if len(kind) < _MARGIN + 2 else f"{kind}  {_heading(finding)}"]
     if finding.extent is not None or finding.writer is not None:
         lines.append(_line("wants", _wants(finding)))
     if finding.latent:

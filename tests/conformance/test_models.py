@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+
 from coordinator.cli.options import DEMO_MODEL
 from coordinator.model.presets import Blueprint, open_blueprint
 from coordinator.schedule.document import dump_document

@@ -187,6 +187,9 @@ def test_impatient_interrupts(long_model: Path) -> None:
     assert (result.status, result.stderr.splitlines(), result.leftovers) == (130, [INTERRUPTED], [])
 
 
+MOMENTS = 15
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_any_moment(number: signal.Signals, model: Path, image: Path) -> None:
@@ -197,13 +200,13 @@ def test_any_moment(number: signal.Signals, model: Path, image: Path) -> None:
     began = time.monotonic()
     assert job.finish().status == 0
     life = time.monotonic() - began
-    for moment in range(40):
+    for moment in range(MOMENTS):
         job = Job(arguments)
         job.wait_until(lambda: is_reading(job))  # noqa: B023
-        time.sleep(life * moment / 40)
+        time.sleep(life * moment / MOMENTS)
         os.killpg(job.pid, number)
         result = job.finish()
-        where = f"{number.name} after {life * moment / 40:.3f} of {life:.3f} s: {result}"
+        where = f"{number.name} after {life * moment / MOMENTS:.3f} of {life:.3f} s: {result}"
         assert result.leftovers == [], where
         if result.status == 0:  # it was faster this time
             continue

@@ -14,7 +14,7 @@ WAYS: dict[str, tuple[list[object], str]] = {
     "futex": ([], "futex"),
     "sharedmem": ([], "sharedmem"),
     "tcp": (["--transport", "tcp"], ""),
-    "everything": (["--transport", "tcp", "-t", 2], "memfd,futex,sharedmem,pidfd,forkserver"),
+    "everything": (["--transport", "tcp", "-t", 2], "memfd,futex,sharedmem"),
 }
 
 

@@ -149,6 +149,7 @@ def sample_outputs() -> list[bytes]:
     return [r.tobytes() for r in results]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("features", ["avx2,f16c,fma", "f16c,futex"])
 def test_the_same_bits_without_cpu_features(features):
     program = "import sys, test_execute as t; sys.stdout.buffer.write(b''.join(t.sample_outputs()))"

@@ -195,12 +195,14 @@ def elsewhere(code: str, **environ: str) -> str:
     return done.stdout.strip()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("without", ["f16c", "avx2", "fma", "AVX2, fma,f16c,memfd"])
 def test_same_bits_without_cpu_features(without: str) -> None:
     code = "from tests.workers.test_simd import digest; print(digest())"
     assert elsewhere(code, CROSSDOCK_DISABLE=without) == digest()
 
 
+@pytest.mark.slow
 def test_same_bits_on_a_plain_cpu() -> None:
     code = "from tests.workers.test_simd import digest; print(digest())"
     assert elsewhere(code, NUMBA_CPU_NAME="x86-64" if features.HAVE else "generic") == digest()
