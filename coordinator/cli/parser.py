@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from coordinator.cli.check_arguments import add_check, add_scenario
 from coordinator.cli.plan_arguments import add_plan
+from coordinator.cli.values import at_least, layers
 from protocol.errors import UsageError
 
 Command = Callable[[], int]
@@ -76,9 +77,9 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     text.add_argument("-p", "--prompt", help='question or text (default with an image: "Describe this image.")')
     text.add_argument("-s", "--system", help="system message")
     text.add_argument("--raw", action="store_true", help="take the prompt as it is, without the chat template")
-    text.add_argument("-n", "--n-predict", type=_at_least(0), default=128, metavar="N", help="at most N new tokens")
-    text.add_argument("-c", "--ctx-size", type=_at_least(0), default=0, metavar="N", help="context, 0: the model's")
-    text.add_argument("-ub", "--ubatch", type=_at_least(1), default=512, metavar="N", help="prompt tokens at a time")
+    text.add_argument("-n", "--n-predict", type=at_least(0), default=128, metavar="N", help="at most N new tokens")
+    text.add_argument("-c", "--ctx-size", type=at_least(0), default=0, metavar="N", help="context, 0: the model's")
+    text.add_argument("-ub", "--ubatch", type=at_least(1), default=512, metavar="N", help="prompt tokens at a time")
     add_sampling(parser.add_argument_group("sampling"))
     add_placement(parser.add_argument_group("workers and placement"))
     output = parser.add_argument_group("output")
@@ -89,11 +90,11 @@ def add_run(parser: argparse.ArgumentParser) -> None:
 def add_sampling(group: argparse._ArgumentGroup) -> None:
     """Arguments that choose the next token."""
     group.add_argument("--temperature", "--temp", type=float, default=0.0, metavar="T", help="0 (default): greedy")
-    group.add_argument("--top-k", type=_at_least(0), default=40, metavar="K", help="0: all")
+    group.add_argument("--top-k", type=at_least(0), default=40, metavar="K", help="0: all")
     group.add_argument("--top-p", type=float, default=0.95, metavar="P", help="1: all")
     group.add_argument("--min-p", type=float, default=0.05, metavar="P", help="0: all")
     group.add_argument("--repeat-penalty", type=float, default=1.0, metavar="R", help="1: none")
-    group.add_argument("--seed", type=_at_least(0), default=0, metavar="S")
+    group.add_argument("--seed", type=at_least(0), default=0, metavar="S")
 
 
 def add_placement(group: argparse._ArgumentGroup) -> None:
@@ -101,8 +102,8 @@ def add_placement(group: argparse._ArgumentGroup) -> None:
     group.add_argument("-w", "--workers", default="cpu:1,accel:2", metavar="KIND:N[:MEMORY],...",
                        help="kinds cpu, accel, null (default: %(default)s)")  # fmt: skip
     group.add_argument("--topology", metavar="TOML", help="workers from a file instead")
-    group.add_argument("-t", "--threads", type=_at_least(1), default=1, metavar="N", help="threads of each worker")
-    group.add_argument("-ngl", "--n-gpu-layers", type=_layers, default=None, metavar="N", help="N or all (default)")
+    group.add_argument("-t", "--threads", type=at_least(1), default=1, metavar="N", help="threads of each worker")
+    group.add_argument("-ngl", "--n-gpu-layers", type=layers, default=None, metavar="N", help="N or all (default)")
     group.add_argument("-ts", "--tensor-split", default="", metavar="A,B,...", help="proportions of the accelerators")
     group.add_argument("-ot", "--override-tensor", action="append", default=[], metavar="REGEX=WORKER",
                        help="weights that match lie there")  # fmt: skip
@@ -115,7 +116,7 @@ def add_placement(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--arithmetic", choices=("exact", "ggml"), default="exact",
                        help="ggml: the bits of ggml's own kernels on AVX2")  # fmt: skip
     group.add_argument("--transport", choices=("ipc", "tcp"), default="ipc", help="between processes of this machine")
-    group.add_argument("--port", type=_at_least(0), default=0, metavar="N", help="tcp control port (default: any free)")
+    group.add_argument("--port", type=at_least(0), default=0, metavar="N", help="tcp control port (default: any free)")
     group.add_argument("--stall-timeout", type=float, default=60.0, metavar="S",
                        help="give up when no worker makes progress for S seconds")  # fmt: skip
 
@@ -130,17 +131,3 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
 def add_doctor(parser: argparse.ArgumentParser) -> None:
     """Arguments of `crossdock doctor`."""
     parser.add_argument("--json", action="store_true", help="one JSON document instead of text")
-
-
-def _at_least(low: int) -> Callable[[str], int]:
-    def integer(text: str) -> int:
-        value = int(text)
-        if not low <= value < 1 << 31:
-            raise argparse.ArgumentTypeError(f"{text} is out of range: expected at least {low}")
-        return value
-
-    return integer
-
-
-def _layers(text: str) -> int | None:
-    return None if text in ("all", "-1") else _at_least(0)(text)

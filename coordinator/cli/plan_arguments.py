@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
+from coordinator.cli.values import at_least, layers
 from coordinator.config import parse_size
 from protocol.errors import UsageError
 
@@ -41,10 +42,12 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--weights-type", action="append", default=[], metavar="[PART=]TYPE",
                        help="type of the matrices of a preset or config.json; PART: text, vision, embd, output or a "
                        "regular expression; may be given several times")  # fmt: skip
-    group.add_argument("--images", type=_count(0), default=1, metavar="N", help="0: text, cross layers left out")
-    group.add_argument("-c", "--ctx-size", type=_count(0), default=0, metavar="N", help="0: the model's, at most 4096")
-    group.add_argument("-ub", "--ubatch", type=_count(1), default=512, metavar="N", help="tokens of the prompt graph")
-    group.add_argument("--kv", type=_count(0), default=0, metavar="N", help="cache positions read (default: all)")
+    group.add_argument("--images", type=at_least(0), default=1, metavar="N", help="0: text, cross layers left out")
+    group.add_argument(
+        "-c", "--ctx-size", type=at_least(0), default=0, metavar="N", help="0: the model's, at most 4096"
+    )
+    group.add_argument("-ub", "--ubatch", type=at_least(1), default=512, metavar="N", help="tokens of the prompt graph")
+    group.add_argument("--kv", type=at_least(0), default=0, metavar="N", help="cache positions read (default: all)")
     group.add_argument("--outputs", type=_outputs, default=1, metavar="N", help="rows of logits, or all (default 1)")
     group.add_argument("--debug-tensor", action="append", default=[], metavar="NAME_copy",
                        help="add an unused input shaped like tensor NAME")  # fmt: skip
@@ -68,7 +71,7 @@ def add_devices(group: argparse._ArgumentGroup) -> None:
 
 def add_layout(group: argparse._ArgumentGroup) -> None:
     """Which weights and caches lie on which device."""
-    group.add_argument("-ngl", "--n-gpu-layers", type=_layers, default=None, metavar="N", help="N or all (default)")
+    group.add_argument("-ngl", "--n-gpu-layers", type=layers, default=None, metavar="N", help="N or all (default)")
     group.add_argument("-ts", "--tensor-split", default="", metavar="A,B,...", help="proportions of the devices")
     group.add_argument("-ot", "--override-tensor", action="append", default=[], metavar="REGEX=DEVICE",
                        help="weights that match lie there")  # fmt: skip
@@ -108,22 +111,8 @@ def device_fields(text: str, option: str) -> tuple[str, int | None, Mapping[str,
     return name, memory, keys
 
 
-def _count(low: int) -> Callable[[str], int]:
-    def integer(text: str) -> int:
-        value = int(text)
-        if not low <= value < 1 << 31:
-            raise argparse.ArgumentTypeError(f"{text} is out of range: expected at least {low}")
-        return value
-
-    return integer
-
-
-def _layers(text: str) -> int | None:
-    return None if text in ("all", "-1") else _count(0)(text)
-
-
 def _outputs(text: str) -> int | None:
-    return None if text == "all" else _count(1)(text)
+    return None if text == "all" else at_least(1)(text)
 
 
 def _phases(text: str) -> tuple[str, ...]:
