@@ -12,7 +12,8 @@ from pathlib import Path
 from coordinator.cli import options
 from coordinator.cli.plan import setting_of
 from coordinator.model.presets import open_blueprint
-from coordinator.ownership.check import Alternative, alternatives, check_sequence, explain
+from coordinator.ownership.check import Alternative, alternatives, check_plans, explain
+from coordinator.ownership.loans import check_loans
 from coordinator.ownership.programs import document_sequence, model_alternatives, model_sequence
 from coordinator.ownership.sequence import Sequence
 from coordinator.report.plan import answer
@@ -33,7 +34,8 @@ def check(chosen: argparse.Namespace) -> int:
         more: Iterator[Alternative] = iter(())
     else:
         sequence, more = _model(chosen)
-    findings = check_sequence(sequence)
+    plans, findings = check_plans(sequence)
+    findings += tuple(found for plan in plans for found in check_loans(plan))
     if _is_small(sequence) if chosen.alternatives is None else chosen.alternatives:
         findings = explain(findings, chain(alternatives(sequence), more))
     if chosen.json:

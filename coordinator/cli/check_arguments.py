@@ -19,7 +19,7 @@ def add_check(parser: argparse.ArgumentParser) -> None:
                        help="safe (default): the vision output is kept, as crossdock run does; faithful, strict: the "
                        "language graph reads it where the vision graph left it, as ggml does")  # fmt: skip
     group.add_argument("--alternatives", action=argparse.BooleanOptionalAction, default=None,
-                       help="plan what would hide it: debug inputs, pins, layers (default: if graphs are small)")  # fmt: skip
+                       help="plan what would hide it: debug inputs, pins, layers (default: small graphs)")  # fmt: skip
     group.add_argument("--json", action="store_true", help="one JSON document instead of text")
 
 

@@ -10,6 +10,7 @@ from coordinator.graph.node import Graph
 from coordinator.ownership.facts import Finding, Kind
 from coordinator.ownership.host import walk
 from coordinator.ownership.sequence import GraphSpec, Sequence
+from coordinator.schedule.plan import Plan
 from protocol.errors import CrossdockError
 from protocol.ops import Flag
 
@@ -30,13 +31,19 @@ def check_sequence(sequence: Sequence) -> tuple[Finding, ...]:
 
     Raises InputError for steps that cannot be meant, PlanError for graphs that cannot be planned.
     """
+    return check_plans(sequence)[1]
+
+
+def check_plans(sequence: Sequence) -> tuple[tuple[Plan, ...], tuple[Finding, ...]]:
+    """The plans of a program, and its hazards as `check_sequence` lists them."""
+    machine = walk(sequence)
     found: dict[tuple[str, ...], Finding] = {}
-    for finding in walk(sequence).findings:
+    for finding in machine.findings:
         reader = finding.reader.graph if finding.reader else ""
         key = (finding.kind, finding.tensor, reader)
         if key not in found or (found[key].latent and not finding.latent):
             found[key] = finding
-    return tuple(sorted(found.values(), key=lambda f: (f.is_cost, f.latent)))
+    return tuple(machine.plans), tuple(sorted(found.values(), key=lambda f: (f.is_cost, f.latent)))
 
 
 def explain(findings: Iterable[Finding], alternatives: Iterable[Alternative]) -> tuple[Finding, ...]:

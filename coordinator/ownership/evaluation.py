@@ -23,6 +23,9 @@ def evaluate(machine: Machine, instance: Instance, *, asynchronous: bool = False
     instance.evaluation += 1
     if instance.problem is not None:
         machine.note(instance.problem)
+    if instance.is_homeless:
+        why = f"a buffer that {instance.name} was planned in was replaced since: its tensors point to freed memory"
+        machine.note(finding(Kind.STALE_PLAN, instance.name, why))
     _begin(machine, instance)
     copies = _copies(instance)
     previous: Split | None = None
@@ -85,17 +88,29 @@ def _enter_split(
         owner = plan.devices[plan.backend[ident]].name
         agent = HOST
         after: tuple[int, ...] = ()
-        if tensor.flags & Flag.INPUT or machine.agent(device) == HOST:
+        if not machine.sequence.parallel or tensor.flags & Flag.INPUT or machine.agent(device) == HOST:
             machine.wait(device)  # no copy to a slot that is still read
-            if not tensor.flags & Flag.INPUT:
-                machine.wait(owner)
         else:
-            agent, after = device, machine.last(owner)
-        machine.emit(
+            after = machine.last(device)  # with several copies the slot's event is waited for instead
+        if not tensor.flags & Flag.INPUT:
+            agent = _copier(machine, owner, device)
+            if agent == HOST:
+                machine.wait(owner)
+        copy = machine.emit(
             Do.COPY, agent=agent, after=after, tensor=source.tensor, reads=(machine.reading(source),),
             writes=(target,), graph=instance.name, instance=instance.number, evaluation=instance.evaluation,
             split=number, device=device,
         )  # fmt: skip
+        if agent not in (HOST, device):
+            machine.hold(device, copy.number)
+
+
+def _copier(machine: Machine, owner: str, device: str) -> str:
+    """Who copies a tensor that is no INPUT: the queue that it lies on, the queue that fetches it from the host, or,
+    when the receiver is the host itself, the host after waiting for its owner."""
+    if machine.agent(device) == HOST:
+        return HOST
+    return device if machine.agent(owner) == HOST else owner
 
 
 def _node(machine: Machine, instance: Instance, number: int, index: int) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from coordinator.graph.node import Tensor
 from coordinator.ownership.facts import Access, Extent, Finding, Kind
 from coordinator.ownership.shadow import finding
-from coordinator.schedule.lower import Lowered
+from coordinator.schedule.lower import Home, Lowered, lower
+from coordinator.schedule.plan import Plan
+from protocol.errors import PlanError
 from protocol.program import Instruction
 from protocol.program import Kind as Does
 
@@ -30,6 +33,37 @@ def check_lowered(lowered: Lowered) -> tuple[Finding, ...]:
     for worker in range(len(lowered.programs)):
         found += _Ledger(lowered, worker, sent).run()
     return tuple(found)
+
+
+class _Homes:
+    """A worker per device; every resident tensor and chunk in an arena of its own."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._worker = {device.buft or device.name: k for k, device in reversed(list(enumerate(plan.devices)))}
+        self._arenas: dict[tuple[str, str, int], int] = {}
+
+    def _home(self, buft: str, name: str, chunk: int) -> Home:
+        if buft not in self._worker:
+            raise PlanError(f"buffer type {buft} belongs to no device")
+        return Home(self._worker[buft], self._arenas.setdefault((buft, name, chunk), len(self._arenas)), 0)
+
+    def resident(self, tensor: Tensor) -> Home:
+        """A tensor that was allocated before the graph."""
+        assert tensor.buffer is not None, tensor.name
+        return self._home(tensor.buffer.buft, tensor.name, 0)
+
+    def compute(self, buft: str, chunk: int) -> Home:
+        """The start of a chunk of a compute buffer."""
+        return self._home(buft, "", chunk)
+
+
+def check_loans(plan: Plan) -> tuple[Finding, ...]:
+    """Hazards of the programs that a plan becomes. Plans that no workers could run (devices that share memory) have
+    no programs, and so none."""
+    try:
+        return check_lowered(lower(plan, _Homes(plan)))
+    except PlanError:
+        return ()
 
 
 class _Ledger:

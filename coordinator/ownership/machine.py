@@ -47,14 +47,18 @@ class Machine:
         self.wanted = _outliving(sequence)
         self._order = Order(sequence.queues)
         self._shadow = Shadow(self.actions)
-        self._loaded: set[Region] = set()
+        self._loaded: dict[Region, int] = {}
+        self._held: dict[str, tuple[int, ...]] = {}
         self._n_instances = 0
 
     # -- acts
 
     def emit(self, do: Do, **facts: Any) -> Action:
         """Issue an act: waits are added in safe ownership, hazards noted otherwise."""
-        action = Action(len(self.actions), do, facts.pop("agent", HOST), self.step, **facts)
+        agent = facts.pop("agent", HOST)
+        held = self._held.pop(agent, ())
+        action = Action(len(self.actions), do, agent, self.step, **facts)
+        action = replace(action, after=(*action.after, *held)) if held else action
         conflicts = self._order.conflicts(action)
         if conflicts and self.safe:
             if action.agent == HOST:
@@ -82,6 +86,10 @@ class Machine:
         """The last act on a device's queue."""
         return self._order.last(device) if device in self.sequence.queues else ()
 
+    def hold(self, queue: str, act: int) -> None:
+        """The next act on a queue waits for `act` on another."""
+        self._held[queue] = (*self._held.get(queue, ()), act)
+
     def agent(self, device: str) -> str:
         """Who computes for a device: itself, or the host."""
         return device if device in self.sequence.queues else HOST
@@ -103,7 +111,11 @@ class Machine:
         return Scheduler(s.devices, parallel=s.parallel, op_offload=s.op_offload)
 
     def take(self, instance: Instance) -> None:
-        """The graph takes over its scheduler's memory, if another had it."""
+        """The graph takes over its scheduler's memory, if another had it; planned again when safe and it is gone."""
+        if self.safe and instance.is_homeless:
+            instance.plan = self._planned(instance.dock, instance.spec)
+            instance.chunks = chunks_of(instance.dock)
+            instance.evaluation += 1  # what was set before is set again
         if instance.dock.tenant != instance.number:
             instance.dock.tenant = instance.number
             instance.dock.epoch += 1
@@ -111,21 +123,8 @@ class Machine:
     def allocate(self, name: str, on: str) -> Instance:
         """Plan a graph. Raises PlanError as the scheduler does."""
         dock, spec = self.dock(on), self._spec(name)
-        before = dock.scheduler.buffer_sizes
-        plan = dock.scheduler.allocate(spec.graph)
-        kind = topology(spec.graph)
-        self.reallocations += plan.reallocated
-        if plan.reallocated:
-            self._note_cost(name, dock, kind, before == plan.buffer_sizes)
-            dock.reserved_by = kind
-            self.wait()
-        stale = dock.reserved_by != kind
-        if self.safe and stale:
-            plan = self._plan_own(dock, spec, plan)
-            stale = False
-        self.plans.append(plan)
-        dock.seen.add(kind)
-        self._resize(dock, plan.buffer_sizes)
+        plan = self._planned(dock, spec)
+        stale = dock.reserved_by != topology(spec.graph)
         dock.epoch += 1
         instance = Instance(self._n_instances, name, spec, plan, dock, chunks_of(dock), released(plan), stale)
         dock.tenant = instance.number
@@ -135,13 +134,30 @@ class Machine:
             self._share(instance, ident, ref)
         return instance
 
+    def _planned(self, dock: Dock, spec: GraphSpec) -> Plan:
+        """A plan on a scheduler whose buffers are as the plan needs them."""
+        before = dock.scheduler.buffer_sizes
+        plan = dock.scheduler.allocate(spec.graph)
+        kind = topology(spec.graph)
+        self.reallocations += plan.reallocated
+        if plan.reallocated:
+            self._note_cost(spec.graph.name, dock, kind, before == plan.buffer_sizes)
+            dock.reserved_by = kind
+            self.wait()
+        if self.safe and dock.reserved_by != kind:
+            plan = self._plan_own(dock, spec, plan)
+            dock.reserved_by = kind
+        self.plans.append(plan)
+        dock.seen.add(kind)
+        self._resize(dock, plan.buffer_sizes)
+        return plan
+
     def _plan_own(self, dock: Dock, spec: GraphSpec, plan: Plan) -> Plan:
         """The plan, or one made for this very graph where places of another do not do."""
         try:
             check_plan(plan)
         except PlanError:
             dock.scheduler = self._scheduler()
-            dock.reserved_by = topology(spec.graph)
             return dock.scheduler.allocate(spec.graph)
         return plan
 
@@ -266,10 +282,11 @@ class Machine:
         if root.buffer is not None:
             region = Region("resident", root.name, root.buffer.buft)
             whole = Operand(region, 0, root.nbytes, root.name, ("resident", root.name, root.buffer.buft, 0))
-            if region not in self._loaded:
-                self._loaded.add(region)
+            have = self._loaded.get(region, 0)
+            if have < root.nbytes:  # another graph may know a longer part of it
+                self._loaded[region] = root.nbytes
                 value = instance.spec.values.get(root.id, 0.0)
-                self.emit(Do.LOAD, tensor=root.name, writes=(whole,), value=value)
+                self.emit(Do.LOAD, tensor=root.name, writes=(replace(whole, start=have),), value=value)
             return replace(whole, start=offs, end=offs + size, tensor=label, traits=traits)
         place = instance.plan.places[root.id]
         if place is None or place.offset is None:

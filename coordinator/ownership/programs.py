@@ -92,11 +92,11 @@ def _evaluation(name: str, graph: Graph, on: str = MAIN) -> list[Step]:
 
 
 def _named(graph: Graph) -> Graph:
-    """The graph with a name of its own for every tensor; tensors that exist before it keep theirs."""
+    """The graph with a name of its own for every tensor; those that exist before it are known by theirs."""
     seen: set[str] = set()
     tensors = []
     for t in graph.tensors:
-        if t.buffer is None and (not t.name or t.name in seen):
+        if not t.name or t.name in seen:
             t = replace(t, name=f"{t.name or t.op.name}#{t.id}")
         seen.add(t.name)
         tensors.append(t)

@@ -51,6 +51,11 @@ class Instance:
         """The planned graph."""
         return self.plan.graph
 
+    @property
+    def is_homeless(self) -> bool:
+        """True when a buffer that it was planned in was replaced since."""
+        return any(r.generation != self.dock.generations[r.buft] for r, _, _ in self.chunks.values())
+
 
 def traits_of(instance: Instance, ident: int) -> frozenset[str]:
     """Facts about a tensor that tell hazards apart."""

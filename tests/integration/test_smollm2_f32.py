@@ -20,12 +20,16 @@ from coordinator.runtime.fleet import Fleet
 from coordinator.runtime.session import Session, SessionOptions
 from coordinator.schedule.placement import PlacementOptions
 from tests.integration.describing import Loaded, fleet_of, load
+from workers.kernels import features
 
 CASES = json.loads((Path(__file__).parent.parent / "data" / "smollm2_f32_greedy.json").read_text())["cases"]
 NEAR_TIE = 0.05
 """Gap between the two best logits below which another order of summation may choose the other token."""
 ALL_GAPS = 0.03
 """How far a gap may be from llama.cpp's, who rounds queries and sums of values to F16; measured: 0.018, rms 0.004."""
+
+RECORDED = 1e-5
+"""The reference's gaps have five digits behind the point."""
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -82,3 +86,22 @@ def test_greedy_tokens_of_llama_cpp(smollm2: Loaded, fleet: Fleet, case: dict[st
         assert float(logits[step["id"]] - others.max()) == pytest.approx(step["gap"], abs=ALL_GAPS), f"token {number}"
         logits, _, _ = session.evaluate([step["id"]])
     session.close()
+
+
+@pytest.mark.skipif(
+    set(features.KNOWN) > features.HAVE, reason="--arithmetic ggml is refused here: needs AVX2, FMA and F16C"
+)
+def test_ggml_arithmetic(smollm2: Loaded) -> None:
+    """With ggml's bits all tokens are llama.cpp's, and all gaps to the last digit that was recorded."""
+    with fleet_of("cpu:1,accel:1", arithmetic="ggml") as fleet:
+        for case in CASES:
+            options = SessionOptions(PlacementOptions(15), n_ctx=512)
+            session = Session(smollm2.model, smollm2.params, fleet.topology, options)
+            session.open(fleet)
+            logits, _, _ = session.evaluate(case["tokens"])
+            for number, step in enumerate(case["steps"]):
+                gap = float(logits[step["id"]]) - float(np.delete(logits, step["id"]).max())
+                assert Sampler().sample(logits) == step["id"], f"{case['prompt']!r}: token {number}"
+                assert gap == pytest.approx(step["gap"], abs=RECORDED), f"{case['prompt']!r}: token {number}"
+                logits, _, _ = session.evaluate([step["id"]])
+            session.close()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from coordinator.ownership.sequence import Sequence, Step
 from coordinator.ownership.scenario_graphs import read_graphs
+from coordinator.ownership.sequence import Sequence, Step
 
 Json = dict[str, Any]
 
@@ -94,7 +94,7 @@ class Program:
 
     def _mean(self, graph: Json, values: dict[str, float]) -> None:
         """One evaluation as it is meant."""
-        order = [t for t in read_graphs(self.devices, [graph])[2][graph["name"]].graph.nodes]
+        order = read_graphs(self.devices, [graph])[2][graph["name"]].graph.nodes
         rows = {t["name"]: t for t in graph["tensors"]}
         names = [t["name"] for t in graph["tensors"]]
         for ident in order:

@@ -1,6 +1,7 @@
 """Random programs: clean ones raise no alarm, a program without findings is right, and safe is always right."""
 
 import random
+from itertools import pairwise
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -19,8 +20,8 @@ from tests.conformance.documents import tame_document
 from tests.ownership.programs import Program
 
 RANDOM = given(rng=st.randoms(use_true_random=False))
-FEW = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
-MORE = settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+FEW = settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+MORE = settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 SCHEDULES = (None, frozenset[str](), frozenset({"GPU0"}), frozenset({"GPU1"}))
 
 
@@ -102,4 +103,4 @@ def test_runs_are_a_byte_by_byte_map(writes: list[tuple[int, int, int]], start: 
         plain[a:b] = [who] * max(0, min(b, 40) - a)
     found = runs.read(start, end)
     assert [who for a, b, who in found for _ in range(a, b)] == plain[start:end]
-    assert all(x[1] == y[0] and x[2] != y[2] for x, y in zip(found, found[1:], strict=False))
+    assert all(x[1] == y[0] and x[2] != y[2] for x, y in pairwise(found))

@@ -168,7 +168,7 @@ def _share_bytes(a: Placed, b: Placed) -> bool:
     a_span, b_span = _span(a[1]), _span(b[1])
     if not a_span or not b_span or a[0] + a_span <= b[0] or b[0] + b_span <= a[0]:
         return False
-    periods = {nb for t in (a[1], b[1]) for n, nb in _axes(t) if n > 1}
+    periods = {nb for t in (a[1], b[1]) for n, nb in _axes(t) if n > 1 and nb}
     return not any(_side_by_side(a, b, period) for period in periods)
 
 
@@ -229,9 +229,16 @@ def _rope(call: _Call) -> None:
     n_dims, factors = call.integer(1), call.maybe(2)
     if n_dims % 2 or not 0 < n_dims <= call.dst.ne[0]:
         call.refuse("parameter 1", f"an even number of dimensions up to {call.dst.ne[0]}", n_dims)
-    call.at_least("source 1, positions", call.dst.ne[2], call.source(1).ne[0])
+    _vector(call, 1, call.dst.ne[2])
     if factors is not None:
-        call.at_least("source 2, factors", n_dims // 2, factors.ne[0])
+        _vector(call, 2, n_dims // 2)
+
+
+def _vector(call: _Call, k: int, least: int) -> None:
+    """Of one axis alone: extents of 0 elsewhere would leave it without any bytes."""
+    ne = call.source(k).ne
+    if ne[0] < least or ne[1:] != (1, 1, 1):
+        call.refuse(f"source {k}", f"a vector of at least {least} elements", _show(ne))
 
 
 def _flash_attention(call: _Call) -> None:
