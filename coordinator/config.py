@@ -11,7 +11,7 @@ from typing import Any
 
 from protocol.errors import UsageError
 from protocol.limits import MAX_ARENA_NBYTES, MAX_WORKERS
-from protocol.ops import Op
+from protocol.ops import VIEW_OPS, Op
 
 KINDS = ("cpu", "accel", "null")
 MAX_THREADS = 256
@@ -61,6 +61,8 @@ def parse_workers(text: str, threads: int) -> Topology:
 
     Raises UsageError.
     """
+    if threads > MAX_THREADS:
+        raise UsageError(f"--threads {threads}: expected 1 to {MAX_THREADS}")
     specs: list[WorkerSpec] = []
     for part in text.split(","):
         kind, _, rest = part.strip().partition(":")
@@ -124,8 +126,10 @@ def _spec(table: Any, number: int, where: str) -> WorkerSpec:
         raise UsageError(f"{where}: threads is {threads}: expected 1 to {MAX_THREADS}")
     ops = tuple(table.get("unsupported_ops", ()))
     for op in ops:
-        if not isinstance(op, str) or op not in Op.__members__:
-            raise UsageError(f"{where}: unsupported_ops: {op!r} is no op; ggml's names are meant, such as MUL_MAT")
+        if not isinstance(op, str) or op not in Op.__members__ or Op[op] in (*VIEW_OPS, Op.NONE):
+            raise UsageError(
+                f"{where}: unsupported_ops: {op!r} is no op that is computed; ggml's names are meant, such as MUL_MAT"
+            )
     memory = parse_size(table["memory"], where) if "memory" in table else None
     return WorkerSpec(name, kind, memory, threads, ops)
 
@@ -136,10 +140,13 @@ def _ordered(specs: Sequence[WorkerSpec], where: str) -> Topology:
     twice = next((spec.name for spec in specs if names.count(spec.name.lower()) > 1), None)
     if twice is not None:
         raise UsageError(f"{where}: two workers are called {twice!r}")
-    hosts = [spec for spec in specs if spec.kind == "cpu"] or [spec for spec in specs if spec.kind == "null"][-1:]
-    if not hosts:
+    nulls = [spec for spec in specs if spec.kind == "null"]
+    if nulls and len(nulls) < len(specs):
+        raise UsageError(f"{where}: null workers compute nothing and have nothing to hand over: all workers or none")
+    host = next((spec for spec in specs if spec.kind == "cpu"), nulls[-1] if nulls else None)
+    if host is None:
         raise UsageError(f"{where}: no cpu worker: ggml's scheduler needs a CPU as its last device")
-    host = hosts[0] if hosts[0].kind == "cpu" else hosts[-1]
     if host.unsupported_ops:
         raise UsageError(f"{where}: {host.name} is the host's CPU and must support every op")
-    return Topology((*(spec for spec in specs if spec is not host), host))
+    others = sorted((spec for spec in specs if spec is not host), key=lambda spec: spec.kind == "cpu")
+    return Topology((*others, host))

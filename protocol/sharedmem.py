@@ -99,6 +99,8 @@ def attach(path: str, nbytes: int, *, writable: bool = False) -> Segment:
         if actual < nbytes:
             raise ProtocolError(f"{path}: expected {nbytes:,} bytes, it has {actual:,}")
         return Segment(_map(fd, max(nbytes, 1), writable=writable), nbytes, path)
+    except (OSError, ValueError) as error:
+        raise WorkerError(f"cannot map {path}: {error}") from None
     finally:
         os.close(fd)
 

@@ -12,7 +12,6 @@ from protocol import security
 from protocol.errors import UsageError, WorkerError
 from protocol.limits import MAX_BUFFER_NBYTES
 
-TRANSPORTS = ("ipc", "tcp")
 LINGER_MS = 200
 HEARTBEAT_MS = 2000
 HANDSHAKE_MS = 10_000

@@ -137,6 +137,8 @@ class _Worker:
         return m.Allocated(request.arena, segment.path), ()
 
     def _release(self, request: m.Release, buffers: Buffers) -> Reply:
+        gone = set(request.arenas)
+        self._drop([number for number, program in self.programs.items() if program.arenas & gone])
         for arena in request.arenas:
             self.arenas.release(arena)
         return None
@@ -159,9 +161,15 @@ class _Worker:
         return m.Ready(request.program), ()
 
     def _forget(self, request: m.Forget, buffers: Buffers) -> Reply:
-        for program in request.programs:
-            self.programs.pop(program, None)
+        self._drop(request.programs)
         return None
+
+    def _drop(self, programs: Sequence[int]) -> None:
+        """Forget programs, and what was mapped of peers for them alone."""
+        for program in programs:
+            self.programs.pop(program, None)
+        read = {(peer.peer, peer.arena) for p in self.programs.values() for peer in p.message.peer_arenas}
+        self.plane.retain(read)
 
     def _step(self, request: m.Step, buffers: Buffers) -> Reply:
         program = self.programs.get(request.program)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import struct
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 import zmq
@@ -25,6 +25,9 @@ class Plane(Protocol):
 
     def open(self, arenas: Sequence[PeerArena]) -> None:
         """Get ready to receive from these arenas of peers."""
+
+    def retain(self, live: Collection[tuple[int, int]]) -> None:
+        """Let go of all but these arenas (peer, arena): no program reads the others any more."""
 
     def check(self, item: Instruction) -> None:
         """Raise ProtocolError when a RECV would read outside of them."""
@@ -56,9 +59,15 @@ class SharedPlane:
             if known is None or known.path != peer.path:
                 self.mapped[peer.peer, peer.arena] = sharedmem.attach(peer.path, peer.nbytes)
 
+    def retain(self, live: Collection[tuple[int, int]]) -> None:
+        """Unmap the others: their memory is only given back when nobody maps it."""
+        for key in self.mapped.keys() - set(live):
+            self.mapped.pop(key).close()
+
     def check(self, item: Instruction) -> None:
         """The range that a RECV reads lies inside the peer's arena. Raises ProtocolError."""
-        sizes = {arena: s.nbytes for (peer, arena), s in self.mapped.items() if peer == item.peer}
+        segment = self.mapped.get((item.peer, item.src[0]))
+        sizes = {} if segment is None else {item.src[0]: segment.nbytes}
         check_range(sizes, item.src[0], item.src[1], item.nbytes, f"transfer {item.transfer}")
 
     def send(self, program: int, step: int, item: Instruction, base: int) -> None:
@@ -113,6 +122,9 @@ class MessagePlane:
 
     def open(self, arenas: Sequence[PeerArena]) -> None:
         """Nothing to map."""
+
+    def retain(self, live: Collection[tuple[int, int]]) -> None:
+        """Nothing is mapped."""
 
     def check(self, item: Instruction) -> None:
         """Sizes are checked on arrival."""

@@ -58,11 +58,12 @@ class NullEngine:
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """A program that may run: every range was checked; `built` is the engine's."""
+    """A program that may run: every range was checked; `built` is the engine's. It works in `arenas`."""
 
     message: ProgramMessage
     instructions: tuple[Instruction, ...]
     built: Any
+    arenas: frozenset[int]
 
 
 def compile_program(
@@ -97,7 +98,10 @@ def compile_program(
         _check_instruction(item, arenas, plane)
     for port in (*message.inputs, *message.outputs, *message.digests):
         check_range(sizes, port.arena, port.offset, port.nbytes, f"port {port.name!r}")
-    return Compiled(message, tuple(instructions), engine.build(ops, arenas))
+    used = {operand.arena for op in ops for operand in (op.dst, *op.src) if operand is not None}
+    used |= {arena for item in instructions for arena in (item.arena, item.src[0])}
+    used |= {port.arena for port in (*message.inputs, *message.outputs, *message.digests)}
+    return Compiled(message, tuple(instructions), engine.build(ops, arenas), frozenset(used))
 
 
 def _check_instruction(item: Instruction, arenas: Arenas, plane: Plane) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 import coordinator
@@ -71,9 +72,12 @@ def placement_options(chosen: argparse.Namespace) -> PlacementOptions:
 
 def _proportions(text: str) -> tuple[float, ...]:
     try:
-        return tuple(float(part) for part in text.split(",")) if text else ()
+        parts = tuple(float(part) for part in text.split(",")) if text else ()
     except ValueError:
-        raise UsageError(f"--tensor-split {text}: expected numbers separated by commas") from None
+        parts = (math.nan,)
+    if not all(map(math.isfinite, parts)):
+        raise UsageError(f"--tensor-split {text}: expected numbers separated by commas")
+    return parts
 
 
 def _override(text: str) -> tuple[str, str]:

@@ -74,6 +74,7 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     text = parser.add_argument_group("prompt")
     text.add_argument("-m", "--model", metavar="GGUF", help="model file (default: the bundled demo model)")
     text.add_argument("-i", "--image", action="append", metavar="FILE", help="image; may be given several times")
+    text.add_argument("--no-image", action="store_true", help="do not take the bundled image with the bundled model")
     text.add_argument("-p", "--prompt", help='question or text (default with an image: "Describe this image.")')
     text.add_argument("-s", "--system", help="system message")
     text.add_argument("--raw", action="store_true", help="take the prompt as it is, without the chat template")

@@ -21,16 +21,15 @@ from coordinator.model.image import Tiles, load_image, preprocess
 from coordinator.model.params import read_params
 from coordinator.model.sampling import Sampler, SamplingParams
 from coordinator.model.tokens import Tokenizer
-from coordinator.model.weights import check_weights
 from coordinator.report import run as report
-from coordinator.report.text import notes, watched
+from coordinator.report.text import notes, plain, printable, watched
 from coordinator.runtime.fleet import Fleet
 from coordinator.runtime.generate import Prompt, Timings, check_prompt, encode_images, generate
 from coordinator.runtime.session import Session
 from protocol.errors import Exit, InputError, UsageError
 
-IMAGE = "<|image|>"
 QUESTION = "Describe this image."
+_CUT = {"length": "--n-predict", "context": "the end of the context (--ctx-size)"}
 
 
 def run(chosen: argparse.Namespace) -> int:
@@ -45,14 +44,16 @@ def run(chosen: argparse.Namespace) -> int:
         fleet.start()  # the workers load their kernels while we read and plan
         with _progress(console, talk, "reading"):
             params = read_params(model)
-            check_weights(model, params)
             tokenizer = Tokenizer.from_metadata(model.metadata, model.path.name)
-            prompt = _prompt(chosen, params, tokenizer, ChatTemplate.from_metadata(model.metadata, tokenizer))
+            chat = ChatTemplate.from_metadata(model.metadata, tokenizer)
+            prompt, note = _prompt(chosen, params, tokenizer, chat)
             session = Session(model, params, workers, session_options, n_images=len(prompt.images))
             check_prompt(prompt, params.image_token, session.n_ctx)
         if talk:
             console.print(f"[bold]workers[/]   {report.workers_line(workers, fleet_options.transport, fleet.plane)}")
             console.print(f"[bold]model[/]     {report.model_line(params, model.weights)}")
+            if note:
+                console.print(f"[bold]note[/]      {plain(note)}")
         with _progress(console, talk, "starting workers"):
             fleet.handshake()
         with _progress(console, talk, "loading weights"):
@@ -78,6 +79,8 @@ def run(chosen: argparse.Namespace) -> int:
     else:
         print(flush=True)
     if talk:
+        if timings.stop != "stop":
+            console.print(f"[bold]cut[/]       the answer ended by {_CUT[timings.stop]}")
         _summary(console, session, timings, first_ns, peaks)
     return Exit.OK
 
@@ -85,7 +88,8 @@ def run(chosen: argparse.Namespace) -> int:
 def _write(pieces: list[tuple[int, str]], first: bool) -> None:
     if first and sys.stdout.isatty():
         print()
-    sys.stdout.write("".join(text for _, text in pieces))
+    text = "".join(text for _, text in pieces)
+    sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 
@@ -110,28 +114,34 @@ def _sampling(chosen: argparse.Namespace) -> SamplingParams:
     )
 
 
-def _prompt(chosen: argparse.Namespace, params: ModelParams, tokenizer: Tokenizer, chat: ChatTemplate) -> Prompt:
-    """Tokens and tiles of what was asked. Raises InputError or UsageError for what the model cannot take."""
+def _prompt(
+    chosen: argparse.Namespace, params: ModelParams, tokenizer: Tokenizer, chat: ChatTemplate
+) -> tuple[Prompt, str]:
+    """Tokens and tiles of what was asked, and why the model's own chat template was not used ("" if it was).
+
+    Raises InputError or UsageError for what the model cannot take.
+    """
     files = _images(chosen)
     if files and params.vision is None:
         raise InputError(f"the model ({params.arch}) takes no images, {len(files)} given")
     text = chosen.prompt if chosen.prompt is not None else (QUESTION if files else None)
     if text is None:
         raise UsageError("nothing to do: give a --prompt or an --image")
-    if chosen.raw:
-        ids = tokenizer.encode(text, parse_special=True)
-    else:
+    note = ""
+    if not chosen.raw:
         messages = [Message("user", text, len(files))]
         if chosen.system:
             messages.insert(0, Message("system", chosen.system))
-        ids = tokenizer.encode(chat.render(messages).text, parse_special=True)
-    return Prompt(tuple(ids), tuple(_tiles(file, params) for file in files))
+        rendered = chat.render(messages)
+        text, note = rendered.text, rendered.note
+    ids = tokenizer.encode(text, parse_special=True)
+    return Prompt(tuple(ids), tuple(_tiles(file, params) for file in files)), note
 
 
 def _images(chosen: argparse.Namespace) -> list[Path]:
     if chosen.image:
         return [Path(file) for file in chosen.image]
-    bundled = chosen.model is None and chosen.prompt is None and options.DEMO_IMAGE.is_file()
+    bundled = chosen.model is None and not chosen.no_image and options.DEMO_IMAGE.is_file()
     return [options.DEMO_IMAGE] if bundled else []
 
 

@@ -10,13 +10,12 @@ from contextlib import contextmanager
 from itertools import groupby
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from coordinator.report.plan_json import graph_inputs, graph_outputs, layers_by_device
 from coordinator.report.plan_why import because, first_node
 from coordinator.report.run import model_line
-from coordinator.report.text import plural, show_bytes
+from coordinator.report.text import plain, plural, show_bytes
 from coordinator.schedule.diff import Diff, GraphDiff, Moved
 from coordinator.schedule.fit import Fit
 from coordinator.schedule.outline import PURPOSES, DeviceMemory, Outline, Planned, allocator_nodes, link_bytes
@@ -57,10 +56,10 @@ def print_outline(console: Console, outline: Outline, splits: str) -> None:
     _print_layers(console, outline)
     for graph in outline.graphs:
         console.print()
-        console.print(f"[bold]{_plain(graph_line(graph))}[/]")
+        console.print(f"[bold]{plain(graph_line(graph))}[/]")
         if graph.plan is not None:
-            console.print(_plain(ends_line(graph.plan)))
-        console.print(_plain(buffers_line(graph)))
+            console.print(plain(ends_line(graph.plan)))
+        console.print(plain(buffers_line(graph)))
         if graph.plan is not None and splits != "none":
             _print_splits(console, graph.plan, splits == "all")
     console.print()
@@ -72,7 +71,7 @@ def print_outline(console: Console, outline: Outline, splits: str) -> None:
     shortage = shortage_line(outline)
     if shortage:
         console.print()
-        console.print(f"[bold]{_plain(shortage)}[/]")
+        console.print(f"[bold]{plain(shortage)}[/]")
 
 
 def _print_splits(console: Console, plan: Plan, why: bool) -> None:
@@ -96,7 +95,7 @@ def _print_layers(console: Console, outline: Outline) -> None:
     layers = layers_by_device(outline)
     if layers:
         shown = "   ".join(f"{device} {ranges(numbers)}" for device, numbers in layers.items())
-        console.print(f"[bold]layers[/]    {_plain(shown)}")
+        console.print(f"[bold]layers[/]    {plain(shown)}")
 
 
 def graph_line(graph: Planned) -> str:
@@ -286,10 +285,5 @@ def _named(name: str) -> str:
     return name.strip() or "(unnamed)"
 
 
-def _plain(text: str) -> str:
-    """Names may hold anything: brackets, which rich would take for markup, and what does not print."""
-    return escape("".join(c if c.isprintable() else "?" for c in text))
-
-
 def _add(table: Table, *cells: str) -> None:
-    table.add_row(*map(_plain, cells))
+    table.add_row(*map(plain, cells))

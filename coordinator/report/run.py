@@ -9,7 +9,7 @@ from rich.table import Table
 
 from coordinator.config import Topology
 from coordinator.model.hparams import ModelParams, WeightInfo
-from coordinator.report.text import plural, show_bytes, show_time
+from coordinator.report.text import plain, plural, show_bytes, show_time
 from coordinator.runtime.evaluate import Shipped
 from coordinator.runtime.generate import Timings
 from coordinator.runtime.session import Session
@@ -41,7 +41,7 @@ def model_line(params: ModelParams, weights: Mapping[str, WeightInfo]) -> str:
         by_type[info.dtype.label] = by_type.get(info.dtype.label, 0) + n
     main = max(by_type, key=lambda label: by_type[label])
     size = f"{count / 1e9:.1f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
-    text = f"{params.name} {main}, {params.arch}, {size} parameters: {params.text.n_layer} text layers"
+    text = f"{plain(params.name)} {main}, {params.arch}, {size} parameters: {params.text.n_layer} text layers"
     if params.text.cross_layers:
         text += f" (cross {', '.join(map(str, params.text.cross_layers))})"
     if params.vision is not None:
@@ -75,7 +75,7 @@ def speed_line(timings: Timings, first_token_ns: int) -> str:
     parts.append(f"prompt {plural(timings.n_prompt, 'token')} {show_time(timings.prompt_ns)}")
     if timings.n_decoded:
         parts.append(f"{plural(timings.n_decoded + 1, 'token')}, {timings.tokens_per_second:,.0f}/s")
-    if first_token_ns:
+    if timings.n_made:
         parts.append(f"first token {first_token_ns / 1e9:.1f} s after start")
     return " · ".join(parts)
 
@@ -125,6 +125,7 @@ def run_document(
     return {
         "model": {"file": session.model.path.name, "arch": session.params.arch, "name": session.params.name},
         "text": text,
+        "stop": timings.stop,
         "tokens": list(tokens),
         "embeddings_sha256": timings.digests,
         "workers": [

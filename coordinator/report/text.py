@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+import unicodedata
 
 from rich.console import Console
+from rich.markup import escape
 
 
 def show_bytes(nbytes: float) -> str:
@@ -34,7 +36,18 @@ def plural(number: int, noun: str) -> str:
 
 def notes() -> Console:
     """Where everything goes that is not the answer: stderr, coloured only on a terminal."""
-    return Console(stderr=True, highlight=False, no_color="NO_COLOR" in os.environ or None, soft_wrap=True)
+    width = None if sys.stderr.isatty() else 1000  # a file has no edge to wrap at
+    return Console(stderr=True, highlight=False, no_color="NO_COLOR" in os.environ or None, soft_wrap=True, width=width)
+
+
+def plain(text: str) -> str:
+    """Names from files may hold anything: brackets, which rich would take for markup, and what does not print."""
+    return escape("".join(c if c.isprintable() else "?" for c in text))
+
+
+def printable(text: str) -> str:
+    """Text for a terminal: control characters, which could drive it, become U+FFFD; lines and tabs stay."""
+    return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else "\ufffd" for c in text)
 
 
 def watched() -> bool:

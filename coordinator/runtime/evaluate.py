@@ -18,6 +18,9 @@ from coordinator.schedule.scheduler import Scheduler
 from protocol import messages as m
 from protocol.program import NOWHERE, Kind, pack_instructions, pack_ops
 
+MAX_KEPT = 64
+"""Programs kept per session; the one that was not used for longest goes first."""
+
 
 @dataclass(frozen=True, slots=True)
 class Shipped:
@@ -66,9 +69,12 @@ class Evaluator:
 
         `key` must hold everything that the graph depends on: its shapes, options and what it reads.
         """
-        known = self.programs.get(key)
+        known = self.programs.pop(key, None)
         if known is not None:
+            self.programs[key] = known  # the latest last
             return known
+        if len(self.programs) >= MAX_KEPT:
+            self._forget([next(iter(self.programs))])
         plan = self.schedulers[scheduler].allocate(build())
         if self.memory.fit_compute(scheduler, plan.buffer_sizes):
             self.drop(scheduler)
@@ -79,9 +85,11 @@ class Evaluator:
 
     def drop(self, scheduler: int | None = None) -> None:
         """Forget the programs of a scheduler, whose arenas were replaced, or all of them."""
-        gone = {k: shipped for k, shipped in self.programs.items() if scheduler in (None, shipped.scheduler)}
-        for key, shipped in gone.items():
-            del self.programs[key]
+        self._forget([k for k, shipped in self.programs.items() if scheduler in (None, shipped.scheduler)])
+
+    def _forget(self, keys: Sequence[Hashable]) -> None:
+        for key in keys:
+            shipped = self.programs.pop(key)
             for worker in shipped.workers:
                 self.fleet.send(worker, m.Forget((shipped.number,)))
 

@@ -73,6 +73,7 @@ class Fleet:
         self._index = {identity: i for i, identity in enumerate(self._identities)}
         self._expected: list[deque[type]] = [deque() for _ in topology.names]
         self._stack = ExitStack()
+        self._broken = ""
 
     def __enter__(self) -> Fleet:
         """The fleet, listening; workers are started by `start`. Raises UsageError for a port that is taken."""
@@ -150,7 +151,9 @@ class Fleet:
             self.socket.send_multipart([self._identities[worker], *encode(m.Refused(reason[:1000]))])
 
     def send(self, worker: int, message: Any, buffers: Sequence[Buffer] = ()) -> None:
-        """Send to a worker by index. Raises WorkerError when it is gone."""
+        """Send to a worker by index. Raises WorkerError when it is gone, or an earlier request failed."""
+        if self._broken:
+            raise WorkerError(f"this run has ended: {self._broken}")
         try:
             self.socket.send_multipart([self._identities[worker], *encode(message, buffers)])
         except zmq.ZMQError as error:
@@ -170,8 +173,15 @@ class Fleet:
     def gather(self, workers: Sequence[int]) -> Mapping[int, Envelope]:
         """One answer from each of `workers`, of the kind that its request asks for. Raises as `request`.
 
-        The first failure ends it: the others may wait for the worker that failed.
+        The first failure ends it, and the fleet: the others may wait for ever for the worker that failed.
         """
+        try:
+            return self._gather(workers)
+        except CrossdockError as error:
+            self._broken = str(error)
+            raise
+
+    def _gather(self, workers: Sequence[int]) -> Mapping[int, Envelope]:
         missing = set(workers)
         answers: dict[int, Envelope] = {}
         while missing:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from coordinator.model.image import Tiles
 from coordinator.model.sampling import Sampler
 from coordinator.model.tokens import Tokenizer
-from coordinator.runtime.evaluate import Shipped, StepResult
+from coordinator.runtime.evaluate import Shipped
 from coordinator.runtime.inputs import CrossMasks, ImageSpan
 from coordinator.runtime.session import Session
 from protocol.errors import CapacityError, InputError
@@ -22,13 +22,14 @@ class Timings:
     encode_ns: int = 0
     prompt_ns: int = 0
     n_prompt: int = 0
+    n_made: int = 0
     decode_ns: int = 0
     n_decoded: int = 0
     digests: list[str] = field(default_factory=list)
     vision: Shipped | None = None
     prompt: Shipped | None = None
     decode: Shipped | None = None
-    results: list[StepResult] = field(default_factory=list)
+    stop: str = "length"  # why the answer ended: stop (a stop token), length (-n), context (full)
 
     @property
     def tokens_per_second(self) -> float:
@@ -70,7 +71,6 @@ def encode_images(session: Session, prompt: Prompt, timings: Timings) -> None:
         result, timings.vision = session.encode(number, tiles)
         timings.encode_ns += result.wall_ns
         timings.digests.append(result.digests["vision_output"])
-        timings.results.append(result)
     if session.params.vision is not None and spans:
         session.masks = CrossMasks.of(session.params.vision, spans, len(prompt.tokens))
 
@@ -85,23 +85,26 @@ def generate(
     history = list(prompt.tokens)
     start = time.perf_counter_ns()
     for first in range(0, len(history), session.options.n_ubatch):
-        logits, result, timings.prompt = session.evaluate(history[first : first + session.options.n_ubatch])
-        timings.results.append(result)
+        logits, _, timings.prompt = session.evaluate(history[first : first + session.options.n_ubatch])
     timings.prompt_ns, timings.n_prompt = time.perf_counter_ns() - start, len(history)
     stream = tokenizer.stream()
     for made in range(n_predict):
         token = sampler.sample(logits, history)
         if token in tokenizer.stop_ids:
+            timings.stop = "stop"
             break
         history.append(token)
+        timings.n_made += 1
         yield token, stream.push(token)
-        if made + 1 == n_predict or session.n_past >= session.n_ctx:
+        if made + 1 == n_predict:
+            break
+        if session.n_past >= session.n_ctx:
+            timings.stop = "context"
             break
         start = time.perf_counter_ns()
-        logits, result, timings.decode = session.evaluate([token])
+        logits, _, timings.decode = session.evaluate([token])
         timings.decode_ns += time.perf_counter_ns() - start
         timings.n_decoded += 1
-        timings.results.append(result)
     rest = stream.finish()
     if rest:
         yield -1, rest

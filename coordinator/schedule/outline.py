@@ -24,8 +24,6 @@ from protocol.errors import UsageError
 PHASES = ("vision", "prompt", "token")
 """The graphs of a run: an image, a batch of the prompt, one more token."""
 
-DIALECTS = ("2026", "2024")
-
 PURPOSES = ("weights", "KV", "kept", "compute")
 """What memory is for, in the order of tables."""
 

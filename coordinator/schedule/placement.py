@@ -52,15 +52,14 @@ class Placement:
         for fixed, device in self.fixed:
             if name == fixed:
                 return device
+        match = _LAYER.match(name)
+        is_cache = match is not None and match[2] is not None
         for pattern, device in self.overrides:
-            if pattern.search(name):
+            if not is_cache and pattern.search(name):
                 return device
         if name in _OUTPUT:
             return self.layers[-1]
-        match = _LAYER.match(name)
-        if match is None:
-            return self.host
-        if match[2] is not None and not self.kv_offload:
+        if match is None or (is_cache and not self.kv_offload):
             return self.host
         layer = int(match[1] or match[3])
         return self.layers[layer] if layer < len(self.layers) - 1 else self.layers[-2]
@@ -71,7 +70,12 @@ class Placement:
         whole = all(device != self.host for device in self.layers)
         if n_tokens >= SMALL_BATCH and not whole:
             return None
-        return lambda layer: self.devices[self.layers[layer]].name
+        return self._norm_device
+
+    def _norm_device(self, layer: int) -> str | None:
+        """The layer's device, unless it lacks the op."""
+        device = self.devices[self.layers[layer]]
+        return None if "RMS_NORM" in device.unsupported_ops else device.name
 
     def __call__(self, name: str) -> BufferRef:
         """Buffer type of a weight or cache by name, for the graph builders."""
