@@ -66,7 +66,7 @@ SLOW = pytest.mark.slow
 )
 def test_killed_worker(stage: str, long_model: Path) -> None:
     job = Job(decoding(long_model))
-    job.wait_until(lambda: STAGES[stage](job))
+    assert job.wait_until(lambda: STAGES[stage](job)), job.stderr()
     os.kill(job.workers()["accel1"], signal.SIGKILL)
     line = job.finish().check(6, "accel1 was killed by SIGKILL", "out of memory?")
     if stage == "decoding":
@@ -144,7 +144,7 @@ kept, module.Runner.run = module.Runner.run, dying
 )
 def test_killed_coordinator(stage: str, long_model: Path) -> None:
     job = Job(decoding(long_model))
-    job.wait_until(lambda: STAGES[stage](job))
+    assert job.wait_until(lambda: STAGES[stage](job)), job.stderr()
     os.kill(job.pid, signal.SIGKILL)
     result = job.finish()
     assert result.leftovers == []
@@ -165,7 +165,7 @@ FAST = {("key", "reading"), ("SIGTERM", "loading"), ("key", "decoding")}
 def test_interrupt(how: str, stage: str, long_model: Path) -> None:
     """`key`: as the terminal does it, to every process of the foreground group."""
     job = Job(decoding(long_model))
-    job.wait_until(lambda: STAGES[stage](job))
+    assert job.wait_until(lambda: STAGES[stage](job)), job.stderr()
     if how == "key":
         os.killpg(job.pid, signal.SIGINT)
     else:

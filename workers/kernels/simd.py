@@ -6,7 +6,7 @@ is used, `features` decides, and the code that stands in for it is exact. Compar
     load_T(address) store_T(address, v)      f32x8 i32x8 i16x16 i16x8 i8x32 i8x16; f16x8 and bf16x8 convert to f32x8
     load_T_part(address, n) store_T_part(address, v, n)     the first n of 1 to 7 lanes, 0 behind: f32x8 f16x8 bf16x8
     load_s(address) store_s(address, x)      f32 i64 i32 u32 i16 u16 i8 u8; f16 and bf16 convert to float32
-    splat_T(x) zero_T()                      add_T sub_T mul_T div_f32x8(a, b), fma_f32x8(a, b, c): a * b + c
+    splat_f32x8(x) zero_T()                  add_T, and sub mul div of f32x8, (a, b); fma_f32x8(a, b, c): a * b + c
     sum_f32x8(v) max_of_f32x8(v) sum_i32x8(v)               across lanes in one fixed order
     max_f32x8 min_f32x8 max_f32 min_f32      (a, b): b where one of them is NaN
     less_f32x8(a, b) select_f32x8(mask, a, b)               lane by lane
@@ -129,11 +129,7 @@ store_i8, store_u8 = _storer(types.int8), _storer(types.uint8)
 store_f16, store_bf16 = _storer(types.float32, narrow_half), _storer(types.float32, narrow_bfloat)
 
 splat_f32x8 = make(f32x8, types.float32)(lambda b, x: splat(b, x, f32x8.ir))
-splat_i32x8 = make(i32x8, types.int32)(lambda b, x: splat(b, x, i32x8.ir))
-splat_i16x16 = make(i16x16, types.int16)(lambda b, x: splat(b, x, i16x16.ir))
-splat_i8x32 = make(i8x32, types.int8)(lambda b, x: splat(b, x, i8x32.ir))
 zero_f32x8, zero_i32x8 = make(f32x8)(lambda b: const(f32x8.ir, 0.0)), make(i32x8)(lambda b: const(i32x8.ir, 0))
-zero_i8x32 = make(i8x32)(lambda b: const(i8x32.ir, 0))
 
 add_f32x8 = make(f32x8, f32x8, f32x8)(lambda b, x, y: b.fadd(x, y))
 sub_f32x8 = make(f32x8, f32x8, f32x8)(lambda b, x, y: b.fsub(x, y))
@@ -145,9 +141,6 @@ abs_f32x8 = make(f32x8, f32x8)(lambda b, x: call(b, "llvm.fabs.v8f32", f32x8.ir,
 sqrt_f32x8 = make(f32x8, f32x8)(lambda b, x: call(b, "llvm.sqrt.v8f32", f32x8.ir, [x]))
 floor_f32x8 = make(f32x8, f32x8)(lambda b, x: call(b, "llvm.floor.v8f32", f32x8.ir, [x]))
 add_i32x8 = make(i32x8, i32x8, i32x8)(lambda b, x, y: b.add(x, y))
-sub_i32x8 = make(i32x8, i32x8, i32x8)(lambda b, x, y: b.sub(x, y))
-mul_i32x8 = make(i32x8, i32x8, i32x8)(lambda b, x, y: b.mul(x, y))
-shift_left_i32x8 = make(i32x8, i32x8, i32x8)(lambda b, x, y: b.shl(x, y))
 
 less_f32x8 = make(mask8, f32x8, f32x8)(lambda b, x, y: b.fcmp_ordered("<", x, y))
 select_f32x8 = make(f32x8, mask8, f32x8, f32x8)(lambda b, mask, x, y: b.select(mask, x, y))
