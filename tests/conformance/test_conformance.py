@@ -55,6 +55,7 @@ def test_documents_that_shrink(server: RealServer, rng: random.Random) -> None:
     assert found == [], json.dumps(doc)
 
 
+@pytest.mark.slow
 def test_many_documents(server: RealServer) -> None:
     compared = 0
     for k in range(DOCUMENTS):

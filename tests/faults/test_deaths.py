@@ -207,13 +207,14 @@ def test_any_moment(number: signal.Signals, model: Path, image: Path) -> None:
         os.killpg(job.pid, number)
         result = job.finish()
         where = f"{number.name} after {life * moment / MOMENTS:.3f} of {life:.3f} s: {result}"
+        if number == signal.SIGKILL:  # without workers nobody is left to remove the directory: the next run does
+            assert [left for left in result.leftovers if "/crossdock-run-" not in left] == [], where
+            assert (result.status, result.stderr) in ((0, ""), (-9, "")), where
+            continue
         assert result.leftovers == [], where
         if result.status == 0:  # it was faster this time
             continue
-        if number == signal.SIGKILL:
-            assert (result.status, result.stderr) == (-9, ""), where
-        else:
-            assert (result.status, result.stderr.splitlines()) == (130, [INTERRUPTED]), where
+        assert (result.status, result.stderr.splitlines()) == (130, [INTERRUPTED]), where
 
 
 def test_reader_leaves_early(long_model: Path) -> None:

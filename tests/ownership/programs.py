@@ -22,9 +22,12 @@ OPS = {
 class Program:
     """Graphs over two queues and the host, and steps that may or may not respect who owns what."""
 
-    def __init__(self, rng: random.Random, *, clean: bool, n_graphs: int = 3, n_steps: int = 6) -> None:
+    def __init__(
+        self, rng: random.Random, *, clean: bool, n_graphs: int = 3, n_steps: int = 6, asynchronous: bool | None = None
+    ) -> None:
         self.rng, self.clean = rng, clean
-        asynchronous = rng.random() < 0.6
+        drawn = rng.random() < 0.6
+        asynchronous = drawn if asynchronous is None else asynchronous
         self.devices: list[Json] = [
             {"name": "GPU0", "async": asynchronous},
             {"name": "GPU1", "async": asynchronous},

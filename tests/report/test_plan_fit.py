@@ -77,6 +77,7 @@ def test_one_device_agrees_with_brute_force(limit: int, host: int | None) -> Non
     assert fits(found.outline, limits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [480_000, 650_000, 850_000, 1_120_000, None])
 @pytest.mark.parametrize("second", [100_000, 300_000, 520_000, 980_000])
 def test_two_devices_agree_with_brute_force(first: int | None, second: int) -> None:

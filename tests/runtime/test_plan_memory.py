@@ -24,6 +24,7 @@ print(json.dumps([int(status), int(peak.split()[1]) * 1024]), file=sys.stderr)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
 @pytest.mark.parametrize("arguments", [
     ("llama-3.2-90b-vision", "-ngl", "30", "--device", "gpu0", "--dump", "plan"),
