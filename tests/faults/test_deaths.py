@@ -94,6 +94,7 @@ def ticks(pid: int) -> int:
     return int(fields[11]) + int(fields[12]) if fields else 0
 
 
+@SLOW
 def test_stopped_worker(long_model: Path) -> None:
     job = Job(decoding(long_model, "--stall-timeout", 1))
     job.wait_until(lambda: is_decoding(job))
@@ -115,6 +116,7 @@ def test_stopped_worker_dies_with_its_coordinator(long_model: Path) -> None:
     assert job.finish().leftovers == []
 
 
+@SLOW
 def test_last_words(model: Path, tmp_path: Path) -> None:
     """A worker whose kernels print something and give up."""
     import workers
@@ -217,6 +219,7 @@ def test_any_moment(number: signal.Signals, model: Path, image: Path) -> None:
         assert (result.status, result.stderr.splitlines()) == (130, [INTERRUPTED]), where
 
 
+@SLOW
 def test_reader_leaves_early(long_model: Path) -> None:
     read, write = os.pipe()
     job = Job(decoding(long_model), stdout=write)

@@ -33,9 +33,7 @@ def expected(warm: None, model: Path, image: Path) -> tuple[object, object, obje
     return found
 
 
-FAST = {"sharedmem", "everything"}
-
-
-@pytest.mark.parametrize("way", [pytest.param(way, marks=() if way in FAST else pytest.mark.slow) for way in WAYS])
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
 def test_same_bytes(way: str, expected: tuple[object, object, object], model: Path, image: Path) -> None:
     assert answer(model, image, *WAYS[way]) == expected

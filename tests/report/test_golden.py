@@ -20,6 +20,7 @@ def test_no_stray_files() -> None:
     assert {path.stem for path in GOLDEN.glob("*.json")} == set(CASES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "output"), documented(), ids=lambda value: shlex.join(value) if isinstance(value, list) else ""
 )
