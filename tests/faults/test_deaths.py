@@ -110,10 +110,17 @@ def test_stopped_worker(long_model: Path) -> None:
 def test_stopped_worker_dies_with_its_coordinator(long_model: Path) -> None:
     job = Job(decoding(long_model))
     job.wait_until(lambda: is_decoding(job))
-    for worker in job.workers().values():
+    stopped = list(job.workers().values())
+    for worker in stopped:
         os.kill(worker, signal.SIGSTOP)
+    job.wait_until(lambda: all(is_stopped(worker) for worker in stopped))
     os.kill(job.pid, signal.SIGKILL)
     assert job.finish().leftovers == []
+
+
+def is_stopped(pid: int) -> bool:
+    """A signal takes a moment to stop a process with several threads."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
 @SLOW
