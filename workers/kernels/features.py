@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -94,10 +95,14 @@ def _digest() -> str:
 
 
 def _user_cache() -> Path:
+    """A directory that only this user writes to, since numba runs what it finds there."""
     for home in (os.environ.get("XDG_CACHE_HOME"), Path.home() / ".cache"):
-        if home and os.access(home, os.W_OK):
-            return Path(home) / "crossdock"
-    return Path(tempfile.gettempdir()) / f"crossdock-{os.getuid()}" / "cache"
+        if home:
+            chosen = Path(home) / "crossdock"
+            with contextlib.suppress(OSError):
+                chosen.mkdir(mode=0o700, parents=True, exist_ok=True)
+                return chosen
+    return Path(tempfile.mkdtemp(prefix="crossdock-cache-"))
 
 
 HAVE = detect()
