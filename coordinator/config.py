@@ -19,7 +19,8 @@ _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(B|KiB|MiB|GiB|TiB)?", re.IGNORECAS
 _NUMBER = re.compile(r"[0-9]{1,4}")
 _MAX_FILE_NBYTES = 1 << 20
 _UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
-_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,31}")
+NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,31}")
+"""Names of workers and devices."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +120,7 @@ def _spec(table: Any, number: int, where: str) -> WorkerSpec:
     if kind not in KINDS:
         raise UsageError(f"{where}: kind is {kind!r}: expected one of {', '.join(KINDS)}")
     name = table.get("name", f"{kind}{number}")
-    if _NAME.fullmatch(name) is None:
+    if NAME.fullmatch(name) is None:
         raise UsageError(f"{where}: name {name!r}: expected a letter, then letters, digits, - and _, at most 32")
     threads = table.get("threads", 1)
     if not 1 <= threads <= MAX_THREADS:

@@ -61,19 +61,21 @@ class Refused:
 
 @_message("allocate")
 class Allocate:
-    """Make arena `arena` of `nbytes` zeroed bytes; answered by `Allocated`."""
+    """Make arena `arena` of `nbytes` zeroed bytes, with a `shadow` for strict ownership; answered by `Allocated`."""
 
     arena: int
     nbytes: int
     label: str
+    shadow: bool
 
 
 @_message("allocated")
 class Allocated:
-    """`path` is what peers on this host open to read the arena, "" when nothing can be opened."""
+    """`path` is what peers on this host open to read the arena, "" when nothing can be opened; so for its shadow."""
 
     arena: int
     path: str
+    shadow_path: str
 
 
 @_message("release")
@@ -128,17 +130,20 @@ class Port:
 
 @dataclass(frozen=True, slots=True)
 class PeerArena:
-    """An arena of worker `peer` (index) that this worker receives from."""
+    """An arena of worker `peer` (index) that this worker receives from, and its shadow ("": none)."""
 
     peer: int
     arena: int
     path: str
     nbytes: int
+    shadow_path: str
 
 
 @_message("program")
 class ProgramMessage:
-    """A lowered graph evaluation. Buffers: ops, instructions (see protocol.program); answered by `Ready`."""
+    """A lowered graph evaluation. Buffers: ops, instructions (see protocol.program), in strict ownership expectations
+    (see protocol.shadow). With `overlaps` a result may lie on bytes that its op still reads, as a wrong plan of ggml's
+    would have it. Answered by `Ready`."""
 
     program: int
     name: str
@@ -147,6 +152,7 @@ class ProgramMessage:
     outputs: tuple[Port, ...]
     digests: tuple[Port, ...]
     peer_arenas: tuple[PeerArena, ...]
+    overlaps: bool
 
 
 @_message("ready")
@@ -183,6 +189,23 @@ class Done:
     copy_ns: int
     received_nbytes: int
     digests: tuple[str, ...]
+
+
+@_message("violated")
+class Violated:
+    """Instead of `Done` in strict ownership: row `row` of the program's expectations was not met.
+
+    Tags as in protocol.shadow: `found` at `granule`, where `expected` should be; granule -1: the bytes are as they
+    should be, but the arena's `epoch` (a step) is a later one.
+    """
+
+    program: int
+    step: int
+    row: int
+    granule: int
+    found: int
+    expected: int
+    epoch: int
 
 
 @_message("read")

@@ -193,6 +193,9 @@ class Usage(IntEnum):
 VIEW_OPS = frozenset({Op.VIEW, Op.RESHAPE, Op.PERMUTE, Op.TRANSPOSE})
 """Ops that move no bytes: they start no split and are not computed."""
 
+WRITES_ONLY = {Op.CPY: 1, Op.SET_ROWS: 2}
+"""Ops that only write to the source of this number."""
+
 MAX_SRC = 10
 """ggml's GGML_MAX_SRC."""
 

@@ -76,7 +76,7 @@ class Instruction:
     """One instruction; which fields mean something depends on `kind`."""
 
     kind: Kind
-    first: int = 0  # RUN: first op. Others: the transfer
+    first: int = 0  # RUN: first op. COPY: the tensor's number in the graph, for people. Others: the transfer
     last: int = 0  # RUN: behind the last op. Others: the peer's index
     split: int = 0
     arena: int = NOWHERE

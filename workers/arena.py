@@ -8,6 +8,7 @@ from protocol import content, sharedmem
 from protocol.errors import CapacityError, ModelError, ProtocolError
 from protocol.limits import MAX_ARENA_NBYTES, MAX_ARENAS
 from protocol.program import Table, check_range
+from protocol.shadow import n_words
 
 
 class Arenas:
@@ -21,6 +22,7 @@ class Arenas:
         self.directory, self.label = directory, label
         self.limit, self.shared, self.virtual = limit, shared, virtual
         self.segments: dict[int, sharedmem.Segment] = {}
+        self.shadows: dict[int, sharedmem.Segment] = {}
         self.read_only: set[int] = set()
 
     @property
@@ -37,8 +39,8 @@ class Arenas:
         """Address of the first byte; the arena must exist."""
         return 0 if self.virtual else self.segments[arena].address
 
-    def allocate(self, arena: int, nbytes: int, label: str) -> sharedmem.Segment:
-        """A new arena of zeroed bytes.
+    def allocate(self, arena: int, nbytes: int, label: str, *, shadow: bool = False) -> sharedmem.Segment:
+        """A new arena of zeroed bytes; its shadow (see protocol.shadow) does not count for the limit.
 
         Raises CapacityError over the limit, ProtocolError for a number in use or a size out of range.
         """
@@ -49,14 +51,15 @@ class Arenas:
                 f"{label} of {nbytes:,} bytes makes {total:,}, the limit is {self.limit:,}: "
                 f"{total - self.limit:,} bytes short"
             )
+        self.segments[arena] = self._segment(nbytes, f"{self.label}-{arena}", label)
+        if shadow and not self.virtual:
+            self.shadows[arena] = self._segment(8 * n_words(nbytes), f"{self.label}-{arena}-shadow", f"{label} shadow")
+        return self.segments[arena]
+
+    def _segment(self, nbytes: int, name: str, label: str) -> sharedmem.Segment:
         if self.virtual:
-            segment = sharedmem.Segment(np.empty(0, np.uint8), nbytes, "")
-        elif self.shared:
-            segment = sharedmem.create(nbytes, self.directory, f"{self.label}-{arena}")
-        else:
-            segment = sharedmem.private(nbytes, label)
-        self.segments[arena] = segment
-        return segment
+            return sharedmem.Segment(np.empty(0, np.uint8), nbytes, "")
+        return sharedmem.create(nbytes, self.directory, name) if self.shared else sharedmem.private(nbytes, label)
 
     def map_file(self, arena: int, path: str, nbytes: int, ranges: Table, digest: str) -> None:
         """Map a model file read-only.
@@ -107,6 +110,8 @@ class Arenas:
             raise ProtocolError(f"release: unknown arena {arena}")
         self.read_only.discard(arena)
         segment.close()
+        if arena in self.shadows:
+            self.shadows.pop(arena).close()
 
     def _check_new(self, arena: int, nbytes: int) -> None:
         if arena in self.segments or not 0 <= arena < 1 << 31:

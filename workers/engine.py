@@ -17,9 +17,10 @@ class KernelEngine:
     def __init__(self, threads: int, arithmetic: str = EXACT) -> None:
         self.executor, self.arithmetic = Executor(threads), arithmetic
 
-    def build(self, ops: Sequence[OpRecord], arenas: Arenas) -> Table:
+    def build(self, ops: Sequence[OpRecord], arenas: Arenas, *, overlaps: bool) -> Table:
         """The executor's table. Raises CapacityError where no kernel fits, or the CPU lacks the arithmetic."""
-        return build_table([_resolve(op, arenas) for op in ops], self.executor.threads, self.arithmetic)
+        resolved = [_resolve(op, arenas) for op in ops]
+        return build_table(resolved, self.executor.threads, self.arithmetic, overlaps=overlaps)
 
     def run(self, built: Table, first: int, last: int) -> None:
         """Compute operations [first, last)."""

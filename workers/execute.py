@@ -71,9 +71,12 @@ def is_computed(op: ResolvedOp) -> bool:
     return op.op is not Op.NONE and op.op not in VIEW_OPS and 0 not in op.dst[1].ne
 
 
-def build_table(ops: Sequence[ResolvedOp], threads: int, arithmetic: str = table.EXACT) -> Table:
+def build_table(
+    ops: Sequence[ResolvedOp], threads: int, arithmetic: str = table.EXACT, *, overlaps: bool = False
+) -> Table:
     """Choose kernels for `ops` and lay them out for a team of `threads`.
 
+    With `overlaps` a result may lie on bytes that its op still reads: what comes of it is the plan's own fault.
     Raises a CrossdockError that names op, types and shapes where operands do not agree or no kernel fits, and
     CapacityError where the machine does not have the arithmetic.
     """
@@ -84,7 +87,7 @@ def build_table(ops: Sequence[ResolvedOp], threads: int, arithmetic: str = table
     for number, op in enumerate(ops):
         if is_computed(op):
             sources = tuple(None if s is None else s[1] for s in op.src)
-            _check_shapes(number, op, sources)
+            _check_shapes(number, op, sources, overlaps)
             for stage in table.select(op.op, op.dst[1], sources, op.params, threads, arithmetic):
                 line = _operand_words(op)
                 line[row.KERNEL] = stage.kernel.address()
@@ -100,10 +103,11 @@ def build_table(ops: Sequence[ResolvedOp], threads: int, arithmetic: str = table
     return Table(rows, tuple(starts), work, threads, int(rows.ctypes.data))
 
 
-def _check_shapes(number: int, op: ResolvedOp, sources: Sequence[Operand | None]) -> None:
+def _check_shapes(number: int, op: ResolvedOp, sources: Sequence[Operand | None], overlaps: bool) -> None:
     try:
         shapes.check(op.op, op.dst[1], sources, op.params)
-        shapes.check_overlaps(op.op, op.dst, op.src)
+        if not overlaps:
+            shapes.check_overlaps(op.op, op.dst, op.src)
     except PlanError as error:
         raise PlanError(f"operation {number}: {error}") from None
 

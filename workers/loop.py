@@ -25,6 +25,7 @@ from workers.arena import Arenas
 from workers.config import WorkerConfig
 from workers.peers import MessagePlane, Plane, SharedPlane, SignalPlane, open_outboxes
 from workers.run import Compiled, Engine, NullEngine, Runner, compile_program
+from workers.shadow import Shadows, Violation
 
 Reply = tuple[Any, Sequence[Buffer]] | None
 Buffers = tuple[memoryview, ...]
@@ -133,8 +134,11 @@ class _Worker:
                 control.send_multipart(encode(*reply))
 
     def _allocate(self, request: m.Allocate, buffers: Buffers) -> Reply:
-        segment = self.arenas.allocate(request.arena, request.nbytes, request.label)
-        return m.Allocated(request.arena, segment.path), ()
+        segment = self.arenas.allocate(request.arena, request.nbytes, request.label, shadow=request.shadow)
+        shadow = self.arenas.shadows.get(request.arena)
+        if shadow is not None and self.runner.shadows is None:
+            self.runner.shadows = Shadows(self.arenas, self.plane)
+        return m.Allocated(request.arena, segment.path, "" if shadow is None else shadow.path), ()
 
     def _release(self, request: m.Release, buffers: Buffers) -> Reply:
         gone = set(request.arenas)
@@ -156,8 +160,9 @@ class _Worker:
         if len(self.programs) >= MAX_PROGRAMS:
             raise ProtocolError(f"more than {MAX_PROGRAMS} programs")
         self.programs[request.program] = compile_program(
-            request, buffers, self.arenas, self.plane, self.engine, self.n_workers, self.unsupported
-        )
+            request, buffers, self.arenas, self.plane, self.engine, self.n_workers, self.unsupported,
+            self.runner.shadows,
+        )  # fmt: skip
         return m.Ready(request.program), ()
 
     def _forget(self, request: m.Forget, buffers: Buffers) -> Reply:
@@ -175,7 +180,10 @@ class _Worker:
         program = self.programs.get(request.program)
         if program is None:
             raise ProtocolError(f"step of unknown program {request.program}")
-        return self.runner.run(program, request.step, buffers)
+        try:
+            return self.runner.run(program, request.step, buffers)
+        except Violation as violation:
+            return m.Violated(request.program, request.step, *violation.report), ()
 
     def _read(self, request: m.Read, buffers: Buffers) -> Reply:
         data = self.arenas.read(request.arena, request.offset, request.nbytes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import struct
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
 import zmq
@@ -15,7 +15,11 @@ from protocol.board import Board
 from protocol.errors import ProtocolError
 from protocol.messages import PeerArena
 from protocol.program import Instruction, check_range
+from protocol.shadow import n_words
 from protocol.sockets import Context, connect, data_socket
+
+Check = Callable[[], None]
+"""Raises when received bytes were not those that were meant."""
 
 _HEAD = struct.Struct("<16sQIIQ")  # the run's tag, step, transfer, program, bytes
 
@@ -35,8 +39,11 @@ class Plane(Protocol):
     def send(self, program: int, step: int, item: Instruction, base: int) -> None:
         """Make the source's bytes available to the peer."""
 
-    def receive(self, program: int, step: int, item: Instruction, base: int) -> None:
-        """Block until the peer's bytes are in place."""
+    def receive(self, program: int, step: int, item: Instruction, base: int, check: Check | None = None) -> None:
+        """Block until the peer's bytes are in place; `check` is called before the peer may write over them."""
+
+    def shadow(self, peer: int, arena: int) -> sharedmem.Segment | None:
+        """The shadow of a peer's arena, None where its bytes cannot change under the receiver."""
 
     def wait(self, step: int, item: Instruction) -> None:
         """Block until the peer no longer needs the source's bytes."""
@@ -51,6 +58,7 @@ class SharedPlane:
     def __init__(self, board: Board) -> None:
         self.board = board
         self.mapped: dict[tuple[int, int], sharedmem.Segment] = {}
+        self.shadows: dict[tuple[int, int], sharedmem.Segment] = {}
 
     def open(self, arenas: Sequence[PeerArena]) -> None:
         """Map peers' arenas read-only. Raises WorkerError or ProtocolError when one is gone or too small."""
@@ -58,11 +66,16 @@ class SharedPlane:
             known = self.mapped.get((peer.peer, peer.arena))
             if known is None or known.path != peer.path:
                 self.mapped[peer.peer, peer.arena] = sharedmem.attach(peer.path, peer.nbytes)
+                if peer.shadow_path:
+                    shadow = sharedmem.attach(peer.shadow_path, 8 * n_words(peer.nbytes))
+                    self.shadows[peer.peer, peer.arena] = shadow
 
     def retain(self, live: Collection[tuple[int, int]]) -> None:
         """Unmap the others: their memory is only given back when nobody maps it."""
         for key in self.mapped.keys() - set(live):
             self.mapped.pop(key).close()
+            if key in self.shadows:
+                self.shadows.pop(key).close()
 
     def check(self, item: Instruction) -> None:
         """The range that a RECV reads lies inside the peer's arena. Raises ProtocolError."""
@@ -74,12 +87,18 @@ class SharedPlane:
         """Publish: nothing is copied on this side."""
         self.board.publish(item.transfer, step)
 
-    def receive(self, program: int, step: int, item: Instruction, base: int) -> None:
-        """Wait for the publication, copy once, acknowledge."""
+    def receive(self, program: int, step: int, item: Instruction, base: int, check: Check | None = None) -> None:
+        """Wait for the publication, copy once, check, acknowledge."""
         self.board.wait_published(item.transfer, step)
         source = self.mapped[item.peer, item.src[0]].address + item.src[1]
         sharedmem.copy(base + item.offset, source, item.nbytes)
+        if check is not None:
+            check()
         self.board.acknowledge(item.transfer, step)
+
+    def shadow(self, peer: int, arena: int) -> sharedmem.Segment | None:
+        """Mapped with the arena."""
+        return self.shadows.get((peer, arena))
 
     def wait(self, step: int, item: Instruction) -> None:
         """Wait for the receiver's acknowledgement."""
@@ -87,9 +106,10 @@ class SharedPlane:
 
     def close(self) -> None:
         """Unmap."""
-        for segment in self.mapped.values():
+        for segment in (*self.mapped.values(), *self.shadows.values()):
             segment.close()
         self.mapped.clear()
+        self.shadows.clear()
 
 
 class SignalPlane(SharedPlane):
@@ -101,7 +121,7 @@ class SignalPlane(SharedPlane):
     def check(self, item: Instruction) -> None:
         """Nothing to read."""
 
-    def receive(self, program: int, step: int, item: Instruction, base: int) -> None:
+    def receive(self, program: int, step: int, item: Instruction, base: int, check: Check | None = None) -> None:
         """Wait for the publication, acknowledge."""
         self.board.wait_published(item.transfer, step)
         self.board.acknowledge(item.transfer, step)
@@ -137,7 +157,7 @@ class MessagePlane:
         body = b"" if self.virtual else _view(base + item.offset, item.nbytes)
         outbox.send_multipart((head, body))
 
-    def receive(self, program: int, step: int, item: Instruction, base: int) -> None:
+    def receive(self, program: int, step: int, item: Instruction, base: int, check: Check | None = None) -> None:
         """Wait for the frame and copy it into place. Raises ProtocolError when its size is not the planned one."""
         while (body := self.early.pop((step, item.transfer), None)) is None:
             self._take(step)
@@ -149,6 +169,10 @@ class MessagePlane:
 
     def wait(self, step: int, item: Instruction) -> None:
         """Sent bytes were copied: nothing to wait for."""
+
+    def shadow(self, peer: int, arena: int) -> sharedmem.Segment | None:
+        """Sent bytes were copied, and checked by the sender."""
+        return None
 
     def close(self) -> None:
         """Close the sockets."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from protocol.board import Board, State
@@ -25,15 +26,17 @@ from protocol.program import (
     unpack_instructions,
     unpack_ops,
 )
+from protocol.shadow import WORDS
 from protocol.sharedmem import copy
 from workers.arena import Arenas
 from workers.peers import Plane
+from workers.shadow import Expectations, Shadows
 
 
 class Engine(Protocol):
     """Computes operations: built into something runnable once, run in pieces."""
 
-    def build(self, ops: Sequence[OpRecord], arenas: Arenas) -> Any:
+    def build(self, ops: Sequence[OpRecord], arenas: Arenas, *, overlaps: bool) -> Any:
         """Bind checked operations to addresses. Raises CapacityError for an op without a kernel."""
 
     def run(self, built: Any, first: int, last: int) -> None:
@@ -46,7 +49,7 @@ class Engine(Protocol):
 class NullEngine:
     """Computes nothing."""
 
-    def build(self, ops: Sequence[OpRecord], arenas: Arenas) -> None:
+    def build(self, ops: Sequence[OpRecord], arenas: Arenas, *, overlaps: bool) -> None:
         """Nothing to bind."""
 
     def run(self, built: None, first: int, last: int) -> None:
@@ -58,12 +61,17 @@ class NullEngine:
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """A program that may run: every range was checked; `built` is the engine's. It works in `arenas`."""
+    """A program that may run: every range was checked; `built` is the engine's. It works in `arenas`.
+
+    `expectations` are those of strict ownership, by groups: one per input port, one before and one per instruction,
+    one after the last.
+    """
 
     message: ProgramMessage
     instructions: tuple[Instruction, ...]
     built: Any
     arenas: frozenset[int]
+    expectations: Expectations | None = None
 
 
 def compile_program(
@@ -74,13 +82,15 @@ def compile_program(
     engine: Engine,
     n_workers: int,
     unsupported: frozenset[Op],
+    shadows: Shadows | None = None,
 ) -> Compiled:
     """Check a program against this worker's memory and bind it to addresses.
 
     Raises ProtocolError for anything out of range, CapacityError for an op that this backend does not have.
     """
-    if len(buffers) != 2:
-        raise ProtocolError(f"program {message.name!r}: expected 2 buffers, got {len(buffers)}")
+    if len(buffers) not in (2, 3) or (len(buffers) == 3 and shadows is None):
+        expected = "2 buffers" if shadows is None else "2 or 3 buffers"
+        raise ProtocolError(f"program {message.name!r}: expected {expected}, got {len(buffers)}")
     check_transfers(message.n_transfers)
     ops = unpack_ops(table_from(buffers[0], OP_WORDS, "operations"))
     instructions = unpack_instructions(
@@ -101,7 +111,13 @@ def compile_program(
     used = {operand.arena for op in ops for operand in (op.dst, *op.src) if operand is not None}
     used |= {arena for item in instructions for arena in (item.arena, item.src[0])}
     used |= {port.arena for port in (*message.inputs, *message.outputs, *message.digests)}
-    return Compiled(message, tuple(instructions), engine.build(ops, arenas), frozenset(used))
+    built = engine.build(ops, arenas, overlaps=message.overlaps)
+    expectations = None
+    if shadows is not None and len(buffers) == 3:
+        n_groups = len(message.inputs) + len(instructions) + 2
+        peers = [(p.peer, p.arena) for p in message.peer_arenas]
+        expectations = shadows.bind(table_from(buffers[2], WORDS, "expectations"), n_groups, peers)
+    return Compiled(message, tuple(instructions), built, frozenset(used), expectations)
 
 
 def _check_instruction(item: Instruction, arenas: Arenas, plane: Plane) -> None:
@@ -123,19 +139,23 @@ class Runner:
 
     def __init__(self, index: int, arenas: Arenas, plane: Plane, board: Board, engine: Engine) -> None:
         self.index, self.arenas, self.plane, self.board, self.engine = index, arenas, plane, board, engine
+        self.shadows: Shadows | None = None
 
     def run(self, program: Compiled, step: int, inputs: Sequence[memoryview]) -> tuple[Done, list[bytes]]:
         """One evaluation: inputs in, instructions in order, outputs and digests out.
 
-        Raises ProtocolError when the inputs are not those of the program's ports.
+        Raises ProtocolError when the inputs are not those of the program's ports, in strict ownership Violation.
         """
         start = time.perf_counter_ns()
         self._set_inputs(program.message.inputs, inputs)
+        check = self._checker(program, step, inputs)
         compute = wait = copying = received = 0
         for number, item in enumerate(program.instructions):
             state = State.WAITING if item.kind in _WAITS else State.BUSY
             self.board.show(self.index, step, number, item.split, state)
             before = time.perf_counter_ns()
+            if check is not None and item.kind is not Kind.RECV:
+                check(number)
             if item.kind is Kind.RUN:
                 self.engine.run(program.built, item.first, item.last)
                 compute += time.perf_counter_ns() - before
@@ -143,7 +163,8 @@ class Runner:
                 self.plane.send(program.message.program, step, item, self.arenas.address(item.arena))
                 copying += time.perf_counter_ns() - before
             elif item.kind is Kind.RECV:
-                self.plane.receive(program.message.program, step, item, self.arenas.address(item.arena))
+                late = None if check is None else partial(check, number)
+                self.plane.receive(program.message.program, step, item, self.arenas.address(item.arena), late)
                 received += item.nbytes
                 wait += time.perf_counter_ns() - before
             elif item.kind is Kind.WAIT:
@@ -153,12 +174,25 @@ class Runner:
                 target, source = self.arenas.address(item.arena), self.arenas.address(item.src[0])
                 copy(target + item.offset, source + item.src[1], item.nbytes)
                 copying += time.perf_counter_ns() - before
+        if check is not None:
+            check(len(program.instructions))
         outputs = [self.arenas.read(port.arena, port.offset, port.nbytes) for port in program.message.outputs]
         digests = tuple(self._digest(port) for port in program.message.digests)
         self.board.rest(self.index)
         total = time.perf_counter_ns() - start
         done = Done(program.message.program, step, total, compute, wait, copying, received, digests)
         return done, outputs
+
+    def _checker(self, program: Compiled, step: int, inputs: Sequence[memoryview]) -> Callable[[int], None] | None:
+        """Mark what was set and begin; the check of an instruction's expectations, None without strict ownership."""
+        if self.shadows is None or program.expectations is None:
+            return None
+        shadows, expectations, n_ports = self.shadows, program.expectations, len(inputs)
+        for port in range(n_ports):
+            if len(inputs[port]):
+                shadows.check(expectations, port, step)
+        shadows.check(expectations, n_ports, step)
+        return lambda number: shadows.check(expectations, n_ports + 1 + number, step)
 
     def _set_inputs(self, ports: Sequence[Port], inputs: Sequence[memoryview]) -> None:
         if len(ports) != len(inputs):

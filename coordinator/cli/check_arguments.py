@@ -28,3 +28,13 @@ def add_scenario(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", nargs="?", default="all", metavar="NAME", help="such as s1 or h14, a TOML file, or all")
     parser.add_argument("--ownership", choices=MODES, default=None, help="one mode (default: all three)")
     parser.add_argument("--json", action="store_true", help="one JSON document instead of text")
+
+
+def add_reproduce(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `crossdock reproduce`."""
+    parser.add_argument("discussion", metavar="NUMBER", help="of llama.cpp: 10780")
+    parser.add_argument("--cause", action="append", choices=("s1", "s2", "s3", "s4", "s5"),
+                        help="a cause behind the symptom (default: s1); may be given several times")  # fmt: skip
+    parser.add_argument("--ownership", action="append", choices=("safe", "strict", "faithful"),
+                        help="only this mode; may be given several times (default: all three)")  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="one JSON document instead of text")

@@ -9,7 +9,7 @@ from pathlib import Path
 import coordinator
 from coordinator.config import Topology, parse_workers, read_topology
 from coordinator.runtime.fleet import FleetOptions
-from coordinator.runtime.session import SessionOptions
+from coordinator.runtime.session import Ownership, SessionOptions
 from coordinator.schedule.placement import PlacementOptions
 from protocol.dtypes import dtype_of
 from protocol.errors import UsageError
@@ -17,6 +17,7 @@ from protocol.errors import UsageError
 EXAMPLES = Path(coordinator.__file__).resolve().parent.parent / "examples"
 DEMO_MODEL = EXAMPLES / "crossdock-demo.gguf"
 DEMO_IMAGE = EXAMPLES / "images" / "tower.png"
+DEFAULT_WORKERS = "cpu:1,accel:2"
 
 
 def model_path(chosen: argparse.Namespace) -> Path:
@@ -30,9 +31,12 @@ def model_path(chosen: argparse.Namespace) -> Path:
 
 def topology(chosen: argparse.Namespace) -> Topology:
     """The workers. Raises UsageError."""
-    if chosen.topology is not None:
-        return read_topology(Path(chosen.topology))
-    return parse_workers(chosen.workers, chosen.threads)
+    if chosen.topology is None:
+        return parse_workers(chosen.workers or DEFAULT_WORKERS, chosen.threads or 1)
+    for option, given in (("--workers", chosen.workers), ("--threads", chosen.threads)):
+        if given is not None:
+            raise UsageError(f"{option} {given} does not go with --topology: the file says that of each worker")
+    return read_topology(Path(chosen.topology))
 
 
 def fleet_options(chosen: argparse.Namespace) -> FleetOptions:
@@ -57,6 +61,9 @@ def session_options(chosen: argparse.Namespace) -> SessionOptions:
         dtype_of(chosen.kv_type),
         chosen.share_scheduler,
         tuple(chosen.debug_tensor),
+        Ownership(chosen.ownership),
+        chosen.check,
+        tuple(_named(text, "--pin", "TENSOR=WORKER") for text in chosen.pin),
     )
 
 
@@ -65,7 +72,7 @@ def placement_options(chosen: argparse.Namespace) -> PlacementOptions:
     return PlacementOptions(
         chosen.n_gpu_layers,
         _proportions(chosen.tensor_split),
-        tuple(_override(text) for text in chosen.override_tensor),
+        tuple(_named(text, "--override-tensor", "REGEX=WORKER") for text in chosen.override_tensor),
         not chosen.no_kv_offload,
     )
 
@@ -80,8 +87,8 @@ def _proportions(text: str) -> tuple[float, ...]:
     return parts
 
 
-def _override(text: str) -> tuple[str, str]:
-    pattern, separator, device = text.rpartition("=")
-    if not separator or not pattern:
-        raise UsageError(f"--override-tensor {text}: expected REGEX=WORKER")
-    return pattern, device
+def _named(text: str, option: str, expected: str) -> tuple[str, str]:
+    name, separator, device = text.rpartition("=")
+    if not separator or not name:
+        raise UsageError(f"{option} {text}: expected {expected}")
+    return name, device

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from importlib import metadata
+from importlib import import_module, metadata
 from typing import NoReturn
 
-from coordinator.cli.check_arguments import add_check, add_scenario
+from coordinator.cli.bench_arguments import add_bench
+from coordinator.cli.check_arguments import add_check, add_reproduce, add_scenario
 from coordinator.cli.plan_arguments import add_plan
+from coordinator.cli.simulate_arguments import add_hardware, add_simulate
 from coordinator.cli.values import at_least, layers
 from protocol.errors import UsageError
 
@@ -36,37 +38,36 @@ def parse(arguments: list[str]) -> Command:
     add_plan(commands.add_parser("plan", help="show what would run where, and what it would need, without running it"))
     add_check(commands.add_parser("check", help="find memory that is read after somebody else took it over, in plans"))
     add_scenario(commands.add_parser("scenario", help="act out such hazards on real bytes, in each mode of ownership"))
+    add_reproduce(commands.add_parser("reproduce", help="replay a known discussion on the bundled model"))
+    add_simulate(commands.add_parser("simulate", help="time it on modelled hardware, without having it"))
+    add_hardware(commands.add_parser("devices", help="list the models of devices and links, with their sources"))
+    add_bench(commands.add_parser("bench", help="measure prompts, decoding and images, and how they scale"))
     add_convert(commands.add_parser("convert", help="turn a Hugging Face folder into one GGUF file"))
     add_doctor(commands.add_parser("doctor", help="say what this machine has, and what replaces what it lacks"))
     chosen = parser.parse_args(arguments)
     return _command(chosen)
 
 
+_MODULES = {
+    "run": "run:run",
+    "plan": "plan:plan",
+    "check": "check:check",
+    "scenario": "scenario:scenario",
+    "reproduce": "reproduce:reproduce_discussion",
+    "simulate": "simulate:simulate",
+    "devices": "devices:devices",
+    "bench": "bench:bench",
+    "convert": "convert:convert",
+    "doctor": "doctor:doctor",
+}
+"""Module of coordinator.cli and function of each command."""
+
+
 def _command(chosen: argparse.Namespace) -> Command:
     """Bind the chosen command; its module is imported only now, since some take long to load."""
-    if chosen.command == "run":
-        from coordinator.cli.run import run
-
-        return lambda: run(chosen)
-    if chosen.command == "plan":
-        from coordinator.cli.plan import plan
-
-        return lambda: plan(chosen)
-    if chosen.command == "check":
-        from coordinator.cli.check import check
-
-        return lambda: check(chosen)
-    if chosen.command == "scenario":
-        from coordinator.cli.scenario import scenario
-
-        return lambda: scenario(chosen)
-    if chosen.command == "convert":
-        from coordinator.cli.convert import convert
-
-        return lambda: convert(chosen)
-    from coordinator.cli.doctor import doctor
-
-    return lambda: doctor(chosen)
+    module, _, function = _MODULES[chosen.command].partition(":")
+    command: Callable[[argparse.Namespace], int] = getattr(import_module(f"coordinator.cli.{module}"), function)
+    return lambda: command(chosen)
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
@@ -100,10 +101,10 @@ def add_sampling(group: argparse._ArgumentGroup) -> None:
 
 def add_placement(group: argparse._ArgumentGroup) -> None:
     """Arguments that say which workers there are and what lies where."""
-    group.add_argument("-w", "--workers", default="cpu:1,accel:2", metavar="KIND:N[:MEMORY],...",
-                       help="kinds cpu, accel, null (default: %(default)s)")  # fmt: skip
+    group.add_argument("-w", "--workers", metavar="KIND:N[:MEMORY],...",
+                       help="kinds cpu, accel, null (default: cpu:1,accel:2)")  # fmt: skip
     group.add_argument("--topology", metavar="TOML", help="workers from a file instead")
-    group.add_argument("-t", "--threads", type=at_least(1), default=1, metavar="N", help="threads of each worker")
+    group.add_argument("-t", "--threads", type=at_least(1), metavar="N", help="threads of each worker (default 1)")
     group.add_argument("-ngl", "--n-gpu-layers", type=layers, default=None, metavar="N", help="N or all (default)")
     group.add_argument("-ts", "--tensor-split", default="", metavar="A,B,...", help="proportions of the accelerators")
     group.add_argument("-ot", "--override-tensor", action="append", default=[], metavar="REGEX=WORKER",
@@ -112,6 +113,12 @@ def add_placement(group: argparse._ArgumentGroup) -> None:
     group.add_argument("-ctk", "--kv-type", choices=("f16", "f32"), default="f16", help="type of the KV cache")
     group.add_argument("--share-scheduler", action=argparse.BooleanOptionalAction, default=True,
                        help="vision and language graphs on one scheduler")  # fmt: skip
+    group.add_argument("--pin", action="append", default=[], metavar="TENSOR=WORKER",
+                       help="a graph's tensor lies there (ggml_backend_sched_set_tensor_backend)")  # fmt: skip
+    group.add_argument("--check", action="store_true", help="compare every read with who wrote its bytes last")
+    group.add_argument("--ownership", choices=("safe", "strict", "faithful"), default="safe",
+                       help="what outlives its graph gets memory of its own (safe), stays where it is as in ggml "
+                       "(faithful), or stays and every read is checked (strict)")  # fmt: skip
     group.add_argument("--debug-tensor", action="append", default=[], metavar="NAME_copy",
                        help="add an unused input shaped like tensor NAME")  # fmt: skip
     group.add_argument("--arithmetic", choices=("exact", "ggml"), default="exact",

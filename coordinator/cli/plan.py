@@ -20,14 +20,11 @@ from coordinator.schedule.diff import diff
 from coordinator.schedule.document import load_document
 from coordinator.schedule.fit import fit
 from coordinator.schedule.outline import Outline, Setting, plan_entries, plan_model
-from coordinator.schedule.plan import Device
+from coordinator.schedule.plan import ACCEL_ALIGNMENT, HOST_ALIGNMENT, Device
 from protocol.dtypes import dtype_of
 from protocol.errors import Exit, InputError, PlanError, UsageError
 from protocol.ops import Op
 
-DEFAULT_WORKERS = "cpu:1,accel:2"
-DEVICE_ALIGNMENT = 128
-HOST_ALIGNMENT = 32
 OFFLOAD_BATCH = 32
 """Rows from which a GPU takes an op whose weights lie in host memory (CUDA's rule)."""
 
@@ -81,8 +78,8 @@ def _devices(chosen: argparse.Namespace) -> tuple[tuple[Device, ...], tuple[int 
     if not chosen.device:
         from coordinator.runtime.session import devices_of  # processes and sockets, which a plan does without
 
-        workers = chosen.workers or DEFAULT_WORKERS
-        topology = options.topology(argparse.Namespace(topology=chosen.topology, workers=workers, threads=1))
+        given = argparse.Namespace(topology=chosen.topology, workers=chosen.workers, threads=None)
+        topology = options.topology(given)
         return devices_of(topology), tuple(spec.memory for spec in topology.workers)
     if chosen.workers is not None or chosen.topology is not None:
         raise UsageError("--device goes without --workers and --topology")
@@ -104,7 +101,7 @@ def _device(text: str, option: str) -> tuple[Device, int | None]:
         name,
         kind=kind,
         buft=keys.get("buft") or name,
-        alignment=parse_count(keys.get("align"), HOST_ALIGNMENT if host else DEVICE_ALIGNMENT, f"{where}: align"),
+        alignment=parse_count(keys.get("align"), HOST_ALIGNMENT if host else ACCEL_ALIGNMENT, f"{where}: align"),
         max_size=parse_size(keys["max"], f"{where}: max") if "max" in keys else None,
         is_host=host,
         extra_bufts=tuple(filter(None, keys.get("reads", "").split("+"))),

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Mapping
 
 from coordinator.cli.values import at_least, layers
-from coordinator.config import parse_size
+from coordinator.config import NAME, parse_size
 from protocol.errors import UsageError
-
-_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,31}")
 
 DEVICE_KEYS = ("type", "align", "buft", "max", "reads", "unsupported", "offload", "batch")
 DEVICE_HELP = (
@@ -97,7 +94,7 @@ def device_fields(text: str, option: str) -> tuple[str, int | None, Mapping[str,
     """Name, memory in bytes (None: unlimited) and keys of `gpu0:24GiB:align=128`. Raises UsageError."""
     where = f"{option} {text}"
     name, *rest = text.split(":")
-    if _NAME.fullmatch(name) is None:
+    if NAME.fullmatch(name) is None:
         raise UsageError(f"{where}: name {name!r}: expected a letter, then letters, digits, - and _, at most 32")
     memory = parse_size(rest.pop(0), where) if rest and "=" not in rest[0] else None
     keys: dict[str, str] = {}

@@ -21,8 +21,11 @@ from coordinator.model.image import Tiles, load_image, preprocess
 from coordinator.model.params import read_params
 from coordinator.model.sampling import Sampler, SamplingParams
 from coordinator.model.tokens import Tokenizer
+from coordinator.ownership.violation import OwnershipError
 from coordinator.report import run as report
+from coordinator.report.story import finding_document, print_findings
 from coordinator.report.text import notes, plain, printable, watched
+from coordinator.runtime.explain import explain_run
 from coordinator.runtime.fleet import Fleet
 from coordinator.runtime.generate import Prompt, Timings, check_prompt, encode_images, generate
 from coordinator.runtime.session import Session
@@ -38,7 +41,10 @@ def run(chosen: argparse.Namespace) -> int:
     console = notes()
     talk = not (chosen.quiet or chosen.json)
     workers, fleet_options = options.topology(chosen), options.fleet_options(chosen)
-    session_options, sampler = options.session_options(chosen), Sampler(_sampling(chosen))
+    session_options, sampler = (
+        options.session_options(chosen),
+        Sampler(_sampling(chosen), silent=chosen.ownership == "faithful"),
+    )
     model = open_model(options.model_path(chosen))
     with Fleet(workers, fleet_options) as fleet:
         fleet.start()  # the workers load their kernels while we read and plan
@@ -59,18 +65,22 @@ def run(chosen: argparse.Namespace) -> int:
         with _progress(console, talk, "loading weights"):
             session.open(fleet)
         timings = Timings()
-        with _progress(console, talk, "encoding the image" if prompt.images else "evaluating the prompt"):
-            encode_images(session, prompt, timings)
-            answer = generate(session, tokenizer, prompt, sampler, chosen.n_predict, timings)
-            first = next(answer, None)
-        first_ns = time.time_ns() - started
-        pieces = [] if first is None else [first]
-        if not chosen.json:
-            _write(pieces, talk)
-        for piece in answer:
-            pieces.append(piece)
+        pieces: list[tuple[int, str]] = []
+        try:
+            with _progress(console, talk, "encoding the image" if prompt.images else "evaluating the prompt"):
+                encode_images(session, prompt, timings)
+                answer = generate(session, tokenizer, prompt, sampler, chosen.n_predict, timings)
+                first = next(answer, None)
+            first_ns = time.time_ns() - started
+            pieces = [] if first is None else [first]
             if not chosen.json:
-                _write([piece], False)
+                _write(pieces, talk)
+            for piece in answer:
+                pieces.append(piece)
+                if not chosen.json:
+                    _write([piece], False)
+        except OwnershipError as error:
+            return _stopped(chosen, console, session, len(prompt.tokens), error)
         peaks = session.peak_memory()
     tokens = [token for token, _ in pieces if token >= 0]
     if chosen.json:
@@ -83,6 +93,18 @@ def run(chosen: argparse.Namespace) -> int:
             console.print(f"[bold]cut[/]       the answer ended by {_CUT[timings.stop]}")
         _summary(console, session, timings, first_ns, peaks)
     return Exit.OK
+
+
+def _stopped(
+    chosen: argparse.Namespace, console: Console, session: Session, n_prompt: int, error: OwnershipError
+) -> int:
+    """Tell the story of the read that strict ownership has stopped."""
+    found = explain_run(session, error.finding, n_prompt)
+    if chosen.json:
+        print(json.dumps({"finding": finding_document(found)}, ensure_ascii=False))
+    else:
+        print_findings(console, [found])
+    return Exit.FOUND
 
 
 def _write(pieces: list[tuple[int, str]], first: bool) -> None:

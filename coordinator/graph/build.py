@@ -14,8 +14,9 @@ from coordinator.graph.node import (
     Graph,
     Tensor,
     contiguous_nb,
-    make_graph,
+    freeze,
     span_nbytes,
+    visit,
 )
 from coordinator.model.hparams import WeightInfo
 from protocol.dtypes import DType
@@ -130,13 +131,13 @@ class Builder:
 
     def graph(self, name: str) -> Graph:
         """The graph of everything that was expanded; nodes and leafs without a name get ggml's `node_N`, `leaf_N`."""
-        graph = make_graph(name, self._tensors, self._expand, self._pins.items())
-        tensors = list(graph.tensors)
-        for kind, order in (("node", graph.nodes), ("leaf", graph.leafs)):
+        tensors = list(self._tensors)
+        nodes, leafs = visit(tensors, tuple(self._expand))
+        for kind, order in (("node", nodes), ("leaf", leafs)):
             for position, ident in enumerate(order):
                 if not tensors[ident].name:
                     tensors[ident] = replace(tensors[ident], name=f"{kind}_{position}")
-        return replace(graph, tensors=tuple(tensors), by_name={t.name: t.id for t in tensors})
+        return freeze(name, tensors, self._expand, nodes, leafs, self._pins.items())
 
     # -- views
 

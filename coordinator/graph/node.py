@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from coordinator.graph.columns import Columns, make_columns
 from protocol.dtypes import DType
 from protocol.errors import PlanError
 from protocol.ops import VIEW_OPS, Flag, Op, Usage
@@ -93,6 +94,15 @@ class Graph:
     leafs: tuple[int, ...]
     pins: tuple[tuple[int, str], ...] = ()
     by_name: dict[str, int] = field(default_factory=dict, compare=False)
+    _columns: Columns | None = field(default=None, init=False, compare=False, repr=False)  # `replace` starts anew
+
+    @property
+    def columns(self) -> Columns:
+        """The graph as arrays; made once."""
+        if self._columns is None:
+            object.__setattr__(self, "_columns", make_columns(self.tensors, self.nodes, self.leafs))
+        assert self._columns is not None
+        return self._columns
 
     def named(self, name: str) -> Tensor:
         """The last tensor of that name. Raises KeyError when there is none."""
@@ -107,13 +117,30 @@ def make_graph(
     Raises PlanError when a source's id is unknown or sources form a cycle.
     """
     expand = tuple(expand)
-    nodes, leafs = _visit(tensors, expand)
+    nodes, leafs = visit(tensors, expand)
+    return freeze(name, tensors, expand, nodes, leafs, pins)
+
+
+def freeze(
+    name: str,
+    tensors: Sequence[Tensor],
+    expand: Iterable[int],
+    nodes: tuple[int, ...],
+    leafs: tuple[int, ...],
+    pins: Iterable[tuple[int, str]] = (),
+) -> Graph:
+    """The graph of tensors whose order is known, with its columns."""
     by_name = {t.name: t.id for t in tensors}
-    return Graph(name, tuple(tensors), expand, nodes, leafs, tuple(pins), by_name)
+    graph = Graph(name, tuple(tensors), tuple(expand), nodes, leafs, tuple(pins), by_name)
+    assert graph.columns
+    return graph
 
 
-def _visit(tensors: Sequence[Tensor], expand: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Nodes and leafs in ggml's order; iterative, since graphs are deeper than Python's stack."""
+def visit(tensors: Sequence[Tensor], expand: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Nodes and leafs in ggml's order; iterative, since graphs are deeper than Python's stack.
+
+    Raises PlanError when a source's id is unknown or sources form a cycle.
+    """
     open_, done = 1, 2
     state = bytearray(len(tensors))
     nodes: list[int] = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Final
 
@@ -20,7 +20,7 @@ ROLES: Final = ("system", "user", "assistant")
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn. `images` are placed before the text, each as one `<|image|>`."""
+    """One turn. `images` are placed before the text, each as one `<|image|>`, unless the text has one for each."""
 
     role: str  # system | user | assistant
     text: str
@@ -62,13 +62,15 @@ class ChatTemplate:
     ) -> ChatPrompt:
         """The prompt for a conversation. `now` is what templates that print today's date see (None: the clock).
 
-        Raises InputError for an unknown role, or when the template itself refuses the conversation, and ModelError
-        for a template that tries to leave its sandbox or to outgrow its limits. A template that cannot be read or
-        run is replaced by the fallback, and the result's note says so.
+        Raises InputError for an unknown role, for a text with `<|image|>` in it and another number of images, or when
+        the template itself refuses the conversation, and ModelError for a template that tries to leave its sandbox or
+        to outgrow its limits. A template that cannot be read or run is replaced by the fallback, and the result's note
+        says so.
         """
         for message in messages:
             if message.role not in ROLES:
                 raise InputError(f"role {message.role!r}: expected one of {', '.join(ROLES)}")
+        messages = [_placed(message) for message in messages]
         plain = ChatPrompt(fallback(messages, self._family, self._bos, add_generation_prompt))
         if self._source is None:
             return ChatPrompt(plain.text, f"the model has no chat template: the {self._family} form is used")
@@ -93,6 +95,19 @@ class ChatTemplate:
             return ChatPrompt(
                 plain.text, f"the model's chat template fails ({reason}): the {self._family} form is used"
             )
+
+
+def _placed(message: Message) -> Message:
+    """A text that names its images says where they are: none are left to be placed before it."""
+    named = message.text.count(IMAGE)
+    if not named or not message.images:
+        return message
+    if named != message.images:
+        raise InputError(
+            f"the text has {named} {IMAGE} and {message.images} images are given: expected one for each of them,"
+            " or none in the text, which places them before it"
+        )
+    return replace(message, images=0)
 
 
 def _as_dict(message: Message) -> dict[str, Any]:

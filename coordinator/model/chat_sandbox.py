@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
 from datetime import datetime
 from itertools import islice
 from typing import Any, Final
 
 from jinja2 import nodes
 from jinja2.exceptions import SecurityError
-from jinja2.runtime import Context
+from jinja2.filters import FILTERS
+from jinja2.runtime import Context, LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.tests import TESTS
 from jinja2.visitor import NodeTransformer
 
-MAX_TEMPLATE: Final = 256 << 10  # characters of a template
+MAX_TEMPLATE: Final = 64 << 10  # characters of a template; known ones have up to 20,000
 MAX_OUTPUT: Final = 4 << 20  # characters of the result and of every value on the way
-MAX_STEPS: Final = 200_000  # loop passes and calls in all
+MAX_STEPS: Final = 200_000  # loop passes and calls in all; looking at values counts too
+_CHARACTERS: Final = 250  # looked at per step
+_MEMBERS: Final = 4  # looked at per step
+_MAX_STRIPPED: Final = 100  # different characters to strip: each character of the text is compared with all of them
 
 _FILTERS: Final = (
     "capitalize", "count", "d", "default", "dictsort", "e", "escape", "first", "float", "int", "items", "last",
@@ -30,15 +36,18 @@ _STRING_METHODS: Final = frozenset({
 })  # fmt: skip
 
 
+_VALUES: Final = (str, list, tuple, set, frozenset, Mapping, KeysView, ValuesView, ItemsView, range)
+_TRIM: Final = FILTERS["trim"]
+
+
 class TemplateRefusalError(Exception):
     """The template called `raise_exception`: it does not want this conversation."""
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """One rendering of one template. Loops, `~` and calls are counted, everything built is measured.
+    """One rendering of one template. Loops, calls, filters and tests are counted, everything they see is measured.
 
-    The limits stop templates that run away or were made to; they are not meant as a wall against a determined
-    attacker with unlimited tries.
+    A step stands for at most some ten microseconds, so that a template made to waste time is stopped within seconds.
     """
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
@@ -49,9 +58,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self._room = MAX_OUTPUT
         self._now = now
         self.finalize = self._emit
-        known = self.filters
-        self.filters = {name: known[name] for name in _FILTERS}
-        self.filters.update(join=self._join, replace=self._replace, string=self._string, tojson=self._tojson)
+        known: dict[str, Any] = {name: FILTERS[name] for name in _FILTERS}
+        known.update(join=self._join, replace=self._replace, string=self._string, tojson=self._tojson)
+        self.filters = {name: self._metered(function) for name, function in known.items()}
+        known = {**TESTS}
+        self.tests = {name: self._metered(function) for name, function in known.items()}
         self.globals = {
             "range": self._range, "namespace": self.globals["namespace"], "dict": dict, "raise_exception": _refuse,
             "strftime_now": self._strftime, "_concat": self._concat, "_each": self._each,
@@ -76,18 +87,39 @@ class Sandbox(ImmutableSandboxedEnvironment):
         """No `format`: its field widths build what no limit sees."""
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        """Strings keep the methods that templates need and lose those that pad or format."""
-        if isinstance(obj, str) and attr not in _STRING_METHODS:
+        """Strings keep the methods that templates need and lose those that pad or format; numbers have none."""
+        if isinstance(obj, (int, float)) or (isinstance(obj, str) and attr not in _STRING_METHODS):
             return False
         return super().is_safe_attribute(obj, attr, value)
 
     def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
-        """Count calls, and measure what `replace` would build."""
+        """Count calls, and measure what they are given and what `replace` would build."""
         self._spend(1)
         owner = getattr(obj, "__self__", None)
-        if isinstance(owner, str) and getattr(obj, "__name__", "") == "replace":
+        name = getattr(obj, "__name__", "")
+        self._measure([args, kwargs, owner if isinstance(owner, _VALUES) else None])
+        if isinstance(owner, str) and name == "replace":
             return self._replace(owner, *args, **kwargs)
+        if isinstance(owner, str) and name.endswith("strip"):
+            _check_stripped(args)
+        if isinstance(obj, LoopContext):  # a recursive loop
+            args = (self._each(args[0]), *args[1:]) if args else args
         return super().call(context, obj, *args, **kwargs)
+
+    def _metered(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A filter or test that counts as a call; what it is given and gives back is measured, and made at once."""
+
+        @functools.wraps(function)  # with the marks that say whether it is given the context
+        def metered(*args: Any, **kwargs: Any) -> Any:
+            self._spend(1)
+            args = tuple(self._each(a) if _runs(a) else a for a in args)
+            self._measure([args, kwargs])
+            if function is _TRIM:
+                _check_stripped(args[1:] or tuple(kwargs.values()))
+            result = function(*args, **kwargs)
+            return self._each(result) if _runs(result) else result
+
+        return metered
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """Measure sums and products before they are built."""
@@ -106,18 +138,24 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def _measure(self, value: Any) -> int:
         """Size of a value in characters and members; raises when it is over the limit, however deep it nests."""
-        total, stack = 0, [value]
+        characters, members, stack = 0, 0, [value]
         while stack:
             item = stack.pop()
-            total += len(item) if isinstance(item, str) else 1
-            if total > MAX_OUTPUT:
-                raise SecurityError(f"a value of more than {MAX_OUTPUT:,} characters")
-            if isinstance(item, dict):
+            if isinstance(item, str):
+                characters += len(item)
+            elif isinstance(item, Mapping):
                 stack += [*item.keys(), *item.values()]
-            elif isinstance(item, (list, tuple)):
+            elif isinstance(item, range):
+                members += len(item)
+            elif isinstance(item, _VALUES):
                 stack += item
-        self._spend(total // 1000)  # looking at it takes time too
-        return total
+            members += 1
+            if members > self._steps * _MEMBERS:
+                self._spend(members // _MEMBERS + 1)
+            if characters + members + len(stack) > MAX_OUTPUT:
+                raise SecurityError(f"a value of more than {MAX_OUTPUT:,} characters")
+        self._spend(characters // _CHARACTERS + members // _MEMBERS)  # looking at it takes time too
+        return characters + members
 
     def _emit(self, value: Any) -> Any:
         self._room -= self._measure(value)
@@ -185,6 +223,16 @@ def _refuse(message: object = "") -> None:
     raise TemplateRefusalError(str(message))
 
 
+def _runs(value: object) -> bool:
+    """True for what is computed member by member while somebody takes them."""
+    return isinstance(value, Iterator) and not isinstance(value, LoopContext)
+
+
+def _check_stripped(arguments: tuple[Any, ...]) -> None:
+    if any(isinstance(value, str) and len(value) > _MAX_STRIPPED for value in arguments):
+        raise SecurityError(f"more than {_MAX_STRIPPED} characters to strip")
+
+
 def _small(left: Any, right: Any, operator: str) -> bool:
     """True for numbers whose product or power stays small."""
     if not isinstance(left, (int, float)) or not isinstance(right, (int, float)):
@@ -193,7 +241,7 @@ def _small(left: Any, right: Any, operator: str) -> bool:
 
 
 class _Counted(NodeTransformer):
-    """Wraps what loops run over in `_each`, what `~` joins in `_concat` and what is compared in `_sized`."""
+    """Wraps what loops run over in `_each`, what `~` joins in `_concat`; what is compared or cut in `_sized`."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:  # noqa: N802
         self.generic_visit(node)
@@ -203,6 +251,12 @@ class _Counted(NodeTransformer):
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802
         self.generic_visit(node)
         return _call("_concat", list(node.nodes), node.lineno)
+
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:  # noqa: N802
+        self.generic_visit(node)
+        if isinstance(node.arg, nodes.Slice):
+            node.node = _call("_sized", [node.node], node.lineno)
+        return node
 
     def visit_Compare(self, node: nodes.Compare) -> nodes.Node:  # noqa: N802
         self.generic_visit(node)

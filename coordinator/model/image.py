@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -17,7 +18,10 @@ from coordinator.model.hparams import VisionParams
 from protocol.errors import InputError
 
 FORMATS: Final = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "PPM")
-MAX_PIXELS: Final = 64_000_000
+MAX_DECODED: Final = 512 << 20  # bytes of memory that decoding and converting may take
+_PIXEL_NBYTES: Final = {"WEBP": 16, "JPEG": 11}  # measured peaks per pixel (progressive JPEG), others 9
+MAX_PIXELS: Final = MAX_DECODED // 9
+_BAND: Final = 1 << 20  # pixels that are converted at a time
 MAX_NBYTES: Final = 256 << 20
 
 
@@ -40,7 +44,8 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
     """Decode a PNG, JPEG, WebP, GIF (first frame), BMP or PPM file, upright.
 
     The rotation in EXIF is applied (transformers' processor leaves that to its caller). Gray of 16 bits is reduced to
-    8. Raises InputError for a file that is missing, no image, truncated, damaged or over 64 million pixels.
+    8. Raises InputError for a file that is missing, no image, truncated, damaged, or so large that decoding it would
+    take more than MAX_DECODED bytes of memory.
     """
     path = Path(path)
     try:
@@ -65,15 +70,19 @@ def _decode(file: object, path: Path) -> Image.Image:
     except Exception:  # Pillow's parsers let whatever went wrong inside them escape
         raise InputError(f"{path}: no image in a known format ({', '.join(FORMATS)})") from None
     width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise InputError(f"{path}: {width} x {height} pixels: expected at most {MAX_PIXELS:,}")
+    limit = MAX_DECODED // (_PIXEL_NBYTES.get(image.format or "", 9) + 2 * (image.mode == "CMYK"))
+    if width * height > limit:
+        raise InputError(
+            f"{path}: {width} x {height} pixels: expected at most {limit:,} in a {image.format} file"
+            f" (to decode it in {MAX_DECODED >> 20} MiB)"
+        )
     _refuse_empty(image, str(path))
     try:
         image.load()
-        upright = ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)
     except Exception as error:
         raise InputError(f"{path}: damaged or truncated {image.format} image: {_one_line(error)}") from None
-    return _to_8_bits(upright, str(path))
+    return _to_8_bits(image, str(path))
 
 
 def _to_8_bits(image: Image.Image, where: str) -> Image.Image:
@@ -81,8 +90,22 @@ def _to_8_bits(image: Image.Image, where: str) -> Image.Image:
         raise InputError(f"{where}: floating-point pixels are not supported")
     if image.mode != "I" and not image.mode.startswith("I;16"):
         return image
+    return _by_bands(image, "L", _high_bytes)
+
+
+def _high_bytes(image: Image.Image) -> Image.Image:
     wide = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
     return Image.fromarray((wide >> 8).astype(np.uint8))
+
+
+def _by_bands(image: Image.Image, mode: str, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """The image converted a few rows at a time: a large one would take several times its memory at once."""
+    width, height = image.size
+    rows = max(1, _BAND // width)
+    out = Image.new(mode, image.size)
+    for top in range(0, height, rows):
+        out.paste(convert(image.crop((0, top, width, min(top + rows, height)))), (0, top))
+    return out
 
 
 def preprocess(image: Image.Image, vision: VisionParams) -> Tiles:
@@ -106,6 +129,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """RGB as it is; everything else composed over opaque white."""
     if image.mode == "RGB":
         return image
+    return _by_bands(image, "RGB", _over_white)
+
+
+def _over_white(image: Image.Image) -> Image.Image:
     rgba = image.convert("RGBA")
     white = Image.new("RGBA", rgba.size, (255, 255, 255))
     return Image.alpha_composite(white, rgba).convert("RGB")

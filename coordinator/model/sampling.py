@@ -45,8 +45,9 @@ class SamplingParams:
 class Sampler:
     """Draws tokens; the same parameters, logits and history give the same tokens on every machine."""
 
-    def __init__(self, params: SamplingParams | None = None) -> None:
-        self.params = params or SamplingParams()
+    def __init__(self, params: SamplingParams | None = None, *, silent: bool = False) -> None:
+        """With `silent` logits that are no numbers give some token, as in llama.cpp, instead of an error."""
+        self.params, self.silent = params or SamplingParams(), silent
         self._random = random.Random(self.params.seed)
 
     def sample(self, logits: npt.NDArray[np.float32], history: Sequence[int] = ()) -> int:
@@ -58,6 +59,8 @@ class Sampler:
         params = self.params
         scores = np.asarray(logits, np.float64).reshape(-1)
         if not (scores > -math.inf).any() or np.isnan(scores).any():
+            if self.silent:
+                return _greedy_as_in_ggml(scores)
             raise InputError("logits hold NaN or no finite value: the model's weights or the prompt are broken")
         scores = _penalised(scores, history, params)
         if params.temperature == 0:
@@ -71,6 +74,11 @@ class Sampler:
         weights = np.cumsum(np.exp((scores[order] - scores[order[0]]) / params.temperature))
         place = int(np.searchsorted(weights, self._random.random() * weights[-1], side="right"))
         return int(order[min(place, len(order) - 1)])
+
+
+def _greedy_as_in_ggml(scores: npt.NDArray[np.float64]) -> int:
+    """llama.cpp's greedy choice goes from token 0 to whatever compares as greater: nothing does with NaN."""
+    return 0 if np.isnan(scores[0]) else int(np.argmax(np.where(np.isnan(scores), -math.inf, scores)))
 
 
 def _penalised(

@@ -11,10 +11,7 @@ from coordinator.ownership.machine import Machine
 from coordinator.ownership.shadow import finding
 from coordinator.ownership.tenancy import Instance
 from coordinator.schedule.plan import Device, Split
-from protocol.ops import Flag, Op
-
-_WRITES_ONLY = {Op.CPY: 1, Op.SET_ROWS: 2}
-"""Ops that only write to the source of this number."""
+from protocol.ops import WRITES_ONLY, Flag, Op
 
 
 def evaluate(machine: Machine, instance: Instance, *, asynchronous: bool = False) -> None:
@@ -133,7 +130,7 @@ def _compute(machine: Machine, instance: Instance, number: int, index: int, node
     sources = plan.sources[index]
     reads = []
     for j, ident in enumerate(sources):
-        if ident == ABSENT or (_WRITES_ONLY.get(node.op) == j):
+        if ident == ABSENT or (WRITES_ONLY.get(node.op) == j):
             continue
         operand = machine.operand(instance, ident)
         if operand is not None:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from coordinator.graph.node import Graph
-from coordinator.runtime.fleet import Fleet
+from coordinator.ownership.expect import WorkerExpectations, expect
+from coordinator.ownership.violation import OwnershipError, tell
+from coordinator.runtime.fleet import Fleet, Violation
 from coordinator.runtime.inputs import Array
 from coordinator.runtime.memory import Memory
+from coordinator.runtime.quirks import unwritten
 from coordinator.schedule.lower import Keep, Lowered, lower
 from coordinator.schedule.plan import Plan
 from coordinator.schedule.scheduler import Scheduler
@@ -31,6 +35,7 @@ class Shipped:
     scheduler: int
     lowered: Lowered
     workers: tuple[int, ...]
+    expectations: tuple[WorkerExpectations, ...] = ()  # of each worker, in strict ownership
 
     @property
     def plan(self) -> Plan:
@@ -51,9 +56,13 @@ class StepResult:
 class Evaluator:
     """Plans graphs on numbered schedulers, keeps shipped programs, and runs them. Lives as long as the run."""
 
-    def __init__(self, fleet: Fleet, memory: Memory, schedulers: Sequence[Scheduler]) -> None:
+    def __init__(
+        self, fleet: Fleet, memory: Memory, schedulers: Sequence[Scheduler], *, overlaps: bool = False
+    ) -> None:
         self.fleet, self.memory, self.schedulers = fleet, memory, tuple(schedulers)
+        self.overlaps = overlaps  # results may lie on bytes that are still read: plans of ggml's that are wrong
         self.programs: dict[Hashable, Shipped] = {}
+        self.history: list[tuple[int, Shipped]] = []  # first step of each run of steps of one program, when strict
 
     def program(
         self,
@@ -64,10 +73,12 @@ class Evaluator:
         outputs: Sequence[str] = (),
         digests: Sequence[str] = (),
         keeps: Sequence[Keep] = (),
+        takes: Mapping[str, int] | None = None,
     ) -> Shipped:
         """The program under `key`, planned and shipped when it is not there yet.
 
-        `key` must hold everything that the graph depends on: its shapes, options and what it reads.
+        `key` must hold everything that the graph depends on: its shapes, options and what it reads. `takes` are slots
+        for tensors that other graphs read where this one leaves them (strict ownership remembers whose they are).
         """
         known = self.programs.pop(key, None)
         if known is not None:
@@ -76,10 +87,16 @@ class Evaluator:
         if len(self.programs) >= MAX_KEPT:
             self._forget([next(iter(self.programs))])
         plan = self.schedulers[scheduler].allocate(build())
+        if not self.overlaps:
+            found = unwritten(plan.graph, plan.sources)
+            if found is not None:
+                raise OwnershipError(found)
         if self.memory.fit_compute(scheduler, plan.buffer_sizes):
             self.drop(scheduler)
-        lowered = lower(plan, self.memory.homes(scheduler), outputs=outputs, digests=digests, keeps=keeps)
-        shipped = self._ship(plan.graph.name, scheduler, lowered)
+        homes = self.memory.homes(scheduler)
+        lowered = lower(plan, homes, outputs=outputs, digests=digests, keeps=keeps)
+        expectations = expect(lowered, homes, takes or {}) if self.memory.shadows else ()
+        shipped = self._ship(plan.graph.name, scheduler, lowered, expectations)
         self.programs[key] = shipped
         return shipped
 
@@ -93,7 +110,9 @@ class Evaluator:
             for worker in shipped.workers:
                 self.fleet.send(worker, m.Forget((shipped.number,)))
 
-    def _ship(self, name: str, scheduler: int, lowered: Lowered) -> Shipped:
+    def _ship(
+        self, name: str, scheduler: int, lowered: Lowered, expectations: tuple[WorkerExpectations, ...]
+    ) -> Shipped:
         number = next(self.fleet.program_numbers)
         workers = []
         for worker, program in enumerate(lowered.programs):
@@ -108,24 +127,32 @@ class Evaluator:
                 program.outputs,
                 program.digests,
                 tuple(self.memory.peer_arena(*pair) for pair in sorted(received)),
+                self.overlaps,
             )
-            tables = (pack_ops(program.ops).tobytes(), pack_instructions(program.instructions).tobytes())
+            tables = [pack_ops(program.ops).tobytes(), pack_instructions(program.instructions).tobytes()]
+            if expectations:
+                tables.append(expectations[worker].table.tobytes())
             self.fleet.send(worker, message, tables)
             workers.append(worker)
         self.fleet.doing = f"the {name} graph"
         self.fleet.gather(workers)
-        return Shipped(number, name, scheduler, lowered, tuple(workers))
+        return Shipped(number, name, scheduler, lowered, tuple(workers), expectations)
 
     def run(self, shipped: Shipped, inputs: Mapping[str, Array]) -> StepResult:
         """One evaluation. Inputs that are not given (unused debug tensors) stay as they are."""
         start = time.perf_counter_ns()
         step = next(self.fleet.step_numbers)
         self.fleet.doing = f"the {shipped.name} graph"
+        if shipped.expectations and (not self.history or self.history[-1][1] is not shipped):
+            self.history.append((step, shipped))
         for worker in shipped.workers:
             ports = shipped.lowered.programs[worker].inputs
             buffers = [_raw(inputs[port.name]) if port.name in inputs else b"" for port in ports]
             self.fleet.send(worker, m.Step(shipped.number, step), buffers)
-        answers = self.fleet.gather(shipped.workers)
+        try:
+            answers = self.fleet.gather(shipped.workers)
+        except Violation as violation:
+            raise OwnershipError(tell(violation.report, violation.worker, self._program_at)) from None
         outputs: dict[str, memoryview] = {}
         digests: dict[str, str] = {}
         done: dict[int, m.Done] = {}
@@ -136,6 +163,10 @@ class Evaluator:
             outputs |= {port.name: data for port, data in zip(program.outputs, envelope.buffers, strict=True)}
             digests |= {port.name: text for port, text in zip(program.digests, message.digests, strict=True)}
         return StepResult(outputs, digests, time.perf_counter_ns() - start, done)
+
+    def _program_at(self, step: int) -> Shipped:
+        """The program that ran in a step, as strict ownership remembers."""
+        return self.history[bisect_right(self.history, step, key=lambda entry: entry[0]) - 1][1]
 
 
 def _raw(array: Array) -> memoryview:

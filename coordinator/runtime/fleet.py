@@ -46,6 +46,14 @@ class FleetOptions:
     arithmetic: str = "exact"
 
 
+class Violation(CrossdockError):  # noqa: N818  (what strict ownership looks for)
+    """A worker has met bytes that are not what the program expects (strict ownership)."""
+
+    def __init__(self, worker: int, report: m.Violated) -> None:
+        super().__init__(f"strict ownership has ended the run in step {report.step}")
+        self.worker, self.report = worker, report
+
+
 class Fleet:
     """All workers of one run, in device order. Use as a context manager: nothing outlives the block.
 
@@ -203,6 +211,8 @@ class Fleet:
         expected = awaited.popleft() if awaited else None
         if isinstance(envelope.message, m.Failed):
             raise envelope.message.error()
+        if isinstance(envelope.message, m.Violated) and expected is m.Done:
+            raise Violation(worker, envelope.message)
         if type(envelope.message) is not expected:
             wanted = expected.__name__ if expected else "nothing"
             raise ProtocolError(f"{name}: expected {wanted}, got {type(envelope.message).__name__}")

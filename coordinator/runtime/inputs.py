@@ -24,6 +24,16 @@ def vision_inputs(params: VisionParams, tiles: Tiles) -> dict[str, Array]:
     }
 
 
+def vision_inputs_2024(params: VisionParams, tiles: Tiles) -> dict[str, Array]:
+    """Inputs of the vision graph of December 2024, which adds to the zeros of `embeddings`."""
+    return {
+        "inp_raw": np.ascontiguousarray(tiles.pixels, np.float32),
+        "aspect_ratios": np.array([tiles.aspect_ratio_id], np.int32),
+        "embeddings": np.zeros((params.max_tiles, params.n_tile_tokens, params.n_embd), np.float32),
+        "positions": np.arange(params.n_tile_tokens, dtype=np.int32),
+    }
+
+
 def vision_mask(params: VisionParams, num_tiles: int) -> npt.NDArray[np.float16]:
     """f16 [M*N', M*N']: -inf only where query and key are both invalid (padding, or of an absent tile)."""
     token = np.arange(params.max_tiles * params.n_tile_padded)

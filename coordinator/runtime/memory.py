@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right, insort
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -18,6 +19,9 @@ from protocol import messages as m
 from protocol.errors import CapacityError
 from protocol.messages import PeerArena
 
+HANDLES = {"cross_states": 0}
+"""Slot of each tensor that a graph may find where an earlier one left it (see protocol.shadow)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Arena:
@@ -26,6 +30,7 @@ class Arena:
     nbytes: int
     path: str
     label: str
+    shadow_path: str = ""
 
 
 @dataclass(slots=True)
@@ -47,14 +52,25 @@ class Budget:
 class Memory:
     """The arenas of all workers; answers the lowering's questions (`Homes`). Lives as long as the run.
 
-    Compute arenas belong to a scheduler, by its number, and are replaced when its buffers grow.
+    Compute arenas belong to a scheduler, by its number, and are replaced when its buffers grow. With `shadows` all
+    arenas that programs write to have one (strict ownership).
     """
 
-    def __init__(self, fleet: Fleet, topology: Topology, devices: tuple[Device, ...], model: ModelFile) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        topology: Topology,
+        devices: tuple[Device, ...],
+        model: ModelFile,
+        *,
+        shadows: bool = False,
+    ) -> None:
         self.fleet, self.topology, self.devices, self.model = fleet, topology, devices, model
+        self.shadows = shadows
         self.worker_of = {device.buft: index for index, device in enumerate(devices)}
         self.arenas: list[dict[int, Arena]] = [{} for _ in devices]
         self.resident: dict[Key, Home] = {}
+        self.placed: list[tuple[int, int, int]] = []  # worker, arena, offset of what has memory of its own, sorted
         self._files: dict[int, int] = {}  # worker: arena of the mapped model file
         self.compute: dict[tuple[int, str, int], Home] = {}
 
@@ -126,6 +142,7 @@ class Memory:
         arena = self.allocate(worker, offset, label)
         for tensor, start in zip(tensors, offsets, strict=True):
             self.resident[_key(tensor)] = Home(worker, arena, start)
+            insort(self.placed, (worker, arena, start))
         return arena
 
     def _send_load(self, worker: int, arena: int, tensors: list[Tensor]) -> None:
@@ -138,9 +155,10 @@ class Memory:
     def allocate(self, worker: int, nbytes: int, label: str) -> int:
         """A new arena on a worker; its number."""
         arena = next(self.fleet.arena_numbers[worker])
-        answer = self.fleet.request(worker, m.Allocate(arena, nbytes, label)).message
+        shadow = self.shadows and label != "weights"
+        answer = self.fleet.request(worker, m.Allocate(arena, nbytes, label, shadow)).message
         assert isinstance(answer, m.Allocated)
-        self.arenas[worker][arena] = Arena(nbytes, answer.path, label)
+        self.arenas[worker][arena] = Arena(nbytes, answer.path, label, answer.shadow_path)
         return arena
 
     def fit_compute(self, scheduler: int, buffer_sizes: dict[str, tuple[int, ...]]) -> bool:
@@ -167,6 +185,7 @@ class Memory:
                 self.fleet.send(worker, m.Release(tuple(arenas)))
             arenas.clear()
         self.resident.clear()
+        self.placed.clear()
         self.compute.clear()
 
     def homes(self, scheduler: int) -> SchedulerHomes:
@@ -176,7 +195,7 @@ class Memory:
     def peer_arena(self, worker: int, arena: int) -> PeerArena:
         """What a peer has to know to read an arena."""
         found = self.arenas[worker][arena]
-        return PeerArena(worker, arena, found.path, found.nbytes)
+        return PeerArena(worker, arena, found.path, found.nbytes, found.shadow_path)
 
     def usage(self) -> list[dict[str, int]]:
         """Allocated bytes by worker and label; the mapped file is listed as such."""
@@ -203,6 +222,29 @@ class SchedulerHomes:
     def compute(self, buft: str, chunk: int) -> Home:
         """The start of a chunk of a compute buffer."""
         return self.memory.compute[self.scheduler, buft, chunk]
+
+    def shadowed(self, worker: int, arena: int) -> bool:
+        """True for arenas that programs write to, on workers that have memory at all."""
+        label = self.memory.arenas[worker][arena].label
+        return label not in ("weights", "file") and self.memory.topology.workers[worker].kind != "null"
+
+    def epochs(self, worker: int) -> tuple[int, ...]:
+        """A worker's compute arenas of this scheduler."""
+        homes = self.memory.compute.items()
+        return tuple(home.arena for (s, _, _), home in homes if s == self.scheduler and home.worker == worker)
+
+    def number(self, home: Home) -> int:
+        """From 1, of the resident tensor that has memory of its own there."""
+        return bisect_right(self.memory.placed, (home.worker, home.arena, home.offset))
+
+    def slot(self, tensor: Tensor) -> int | None:
+        """Of a tensor that was left in a compute arena by an earlier graph (not safe), else None."""
+        home = self.memory.resident[_key(tensor)]
+        return HANDLES[tensor.name] if self.memory.arenas[home.worker][home.arena].label == "compute" else None
+
+    def may_be_empty(self, tensor: Tensor) -> bool:
+        """Self-attention's caches fill up token by token; what is empty is masked."""
+        return tensor.name.startswith("cache_")
 
 
 def _key(tensor: Tensor) -> Key:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 
 import numpy as np
 import numpy.typing as npt
@@ -13,13 +14,16 @@ from coordinator.graph.debug import route_debug_inputs
 from coordinator.graph.language import CrossState, build_language
 from coordinator.graph.node import Graph
 from coordinator.graph.vision import build_vision
+from coordinator.graph.vision_2024 import build_vision_2024
 from coordinator.model.gguf_file import ModelFile
 from coordinator.model.hparams import ModelParams
 from coordinator.model.image import Tiles
+from coordinator.ownership.violation import OwnershipError
 from coordinator.runtime.evaluate import Evaluator, Shipped, StepResult
 from coordinator.runtime.fleet import Fleet
-from coordinator.runtime.inputs import CrossMasks, text_inputs, vision_inputs
-from coordinator.runtime.memory import Budget, Memory
+from coordinator.runtime.inputs import Array, CrossMasks, text_inputs, vision_inputs, vision_inputs_2024
+from coordinator.runtime.memory import HANDLES, Budget, Memory
+from coordinator.runtime.quirks import Quirk, lost_image, with_leaf_caches, with_pins
 from coordinator.schedule.lower import Home, Keep
 from coordinator.schedule.placement import Placement, PlacementOptions, plan_placement
 from coordinator.schedule.plan import Device
@@ -35,6 +39,14 @@ KV_PADDING = 256
 """The language graph reads the cache in multiples of this, so that one plan serves many tokens (as llama.cpp)."""
 
 
+class Ownership(StrEnum):
+    """What happens to bytes that outlive their graph."""
+
+    SAFE = "safe"  # they get memory of their own
+    STRICT = "strict"  # they stay where they are, and every read is checked
+    FAITHFUL = "faithful"  # they stay where they are, as in ggml
+
+
 @dataclass(frozen=True, slots=True)
 class SessionOptions:
     """Everything about a run that is not the model, the workers or the prompt."""
@@ -45,6 +57,10 @@ class SessionOptions:
     kv_dtype: DType = DType.F16
     share_scheduler: bool = True
     debug: tuple[str, ...] = ()
+    ownership: Ownership = Ownership.SAFE
+    check: bool = False  # compare every read as in strict ownership, whatever `ownership` is
+    pins: tuple[tuple[str, str], ...] = ()  # tensor of a graph and the worker that the user wants it on
+    quirks: frozenset[Quirk] = frozenset()
 
 
 def devices_of(topology: Topology) -> tuple[Device, ...]:
@@ -67,7 +83,8 @@ class Session:
     """A loaded model. `n_images` is fixed when it is made, since it sizes the cross-attention memory.
 
     Vision and language graphs run on scheduler 0, or on 0 and 1 when not shared. What outlives its graph, the vision
-    tower's output, is copied to memory of its own at the end of that graph (safe ownership).
+    tower's output, is copied to memory of its own at the end of that graph (safe ownership), or read where the vision
+    graph left it. Raises UsageError for several images that would have to lie in that one place.
     """
 
     def __init__(
@@ -81,6 +98,11 @@ class Session:
     ) -> None:
         self.model, self.params, self.topology, self.options = model, params, topology, options
         self.n_images = n_images
+        if n_images > 1 and not self.keeps:
+            raise UsageError(
+                f"--ownership {options.ownership} with {n_images} images: without memory of its own each image's "
+                "output lies where the last one's was; give one image, or --ownership safe"
+            )
         self.n_ctx = _context_size(params, options.n_ctx)
         self.devices = devices_of(topology)
         memory = [spec.memory for spec in topology.workers]
@@ -90,9 +112,20 @@ class Session:
         self.vision_debug: tuple[str, ...] = ()
         self.text_debug: tuple[str, ...] = ()
         self.n_past = 0
+        self._encoded = False
         self.masks: CrossMasks | None = None
         self.budgets: list[Budget] = []
         self._plan_ahead()
+
+    @property
+    def keeps(self) -> bool:
+        """True when what outlives its graph gets memory of its own."""
+        return self.options.ownership is Ownership.SAFE
+
+    @property
+    def checks(self) -> bool:
+        """True when every read is compared with who wrote its bytes last."""
+        return self.options.check or self.options.ownership is Ownership.STRICT
 
     @property
     def n_cross(self) -> int:
@@ -123,6 +156,8 @@ class Session:
         for graph in (*graphs, graphs[0]):
             self.schedulers[-1].reserve(graph)
         self.residents = residents(graphs if vision is None else [vision, *graphs])
+        if self.n_images and not self.keeps:
+            del self.residents[self._cross_states_key()]
 
     def _route_debug(self, vision: Graph | None, prompt: Graph) -> None:
         """Send each debug tensor to the graph that has the tensor it copies."""
@@ -134,12 +169,12 @@ class Session:
         """Load the model onto the workers of `fleet`. Raises what workers fail with."""
         self.fleet = fleet
         fleet.doing = "loading the model"
-        self.memory = Memory(fleet, self.topology, self.devices, self.model)
+        self.memory = Memory(fleet, self.topology, self.devices, self.model, shadows=self.checks)
         self.budgets = self.memory.check_budget(self.residents, [s.buffer_sizes for s in self.schedulers])
         self.memory.load(self.residents)
         for number, scheduler in enumerate(self.schedulers):
             self.memory.fit_compute(number, scheduler.buffer_sizes)
-        self.evaluator = Evaluator(fleet, self.memory, self.schedulers)
+        self.evaluator = Evaluator(fleet, self.memory, self.schedulers, overlaps=not self.keeps)
 
     def close(self) -> None:
         """Give the workers' memory back; the fleet can open another session then."""
@@ -168,12 +203,13 @@ class Session:
     def _vision_graph(self) -> Graph:
         vision = self.params.vision
         assert vision is not None
-        n_embd = self.params.text.n_embd
-        return build_vision(vision, n_embd, self.model.weights, self.placement, debug=self.vision_debug)
+        build = build_vision_2024 if Quirk.KEEP_INPUTS in self.options.quirks else build_vision
+        graph = build(vision, self.params.text.n_embd, self.model.weights, self.placement, debug=self.vision_debug)
+        return with_pins(graph, self.options.pins)
 
     def _language_graph(self, n_tokens: int, n_kv: int, *, write: bool) -> Graph:
-        cross = CrossState(self.n_cross, write) if self.n_images else None
-        return build_language(
+        cross = CrossState(self.n_cross, write) if self.n_images and not self._forgets(write) else None
+        graph = build_language(
             self.params,
             self.model.weights,
             self.placement,
@@ -186,21 +222,45 @@ class Session:
             debug=self.text_debug,
             pin_norm=self.placement.pin_norm(n_tokens),
         )
+        graph = with_pins(graph, self.options.pins)
+        return with_leaf_caches(graph) if Quirk.LEAF_CACHE in self.options.quirks and not write else graph
+
+    def _forgets(self, first: bool) -> bool:
+        """True when the fact that the sequence has an image was lost after its first call; never with safe ownership,
+        which keeps it with the sequence."""
+        return Quirk.FORGET_IMAGE in self.options.quirks and not first and not self.keeps
 
     def encode(self, image: int, tiles: Tiles) -> tuple[StepResult, Shipped]:
-        """Run the vision tower for image number `image`; its output is kept for the language graph."""
+        """Run the vision tower for image number `image`; the language graph finds its output as `cross_states`."""
+        assert self.params.vision is not None
+        shipped = self.evaluator.program(
+            ("vision", image), 0, self._vision_graph, digests=("vision_output",), keeps=self._keeps(image),
+            takes={} if self.keeps else {"vision_output": HANDLES["cross_states"]},
+        )  # fmt: skip
+        if not self.keeps:
+            self.memory.resident[self._cross_states_key()] = shipped.lowered.home("vision_output")
+        return self.evaluator.run(shipped, self._vision_inputs(tiles)), shipped
+
+    def _vision_inputs(self, tiles: Tiles) -> dict[str, Array]:
+        """Inputs of the vision graph; of 2024's, which adds to one of them, that one is set once unless safe."""
+        assert self.params.vision is not None
+        if Quirk.KEEP_INPUTS not in self.options.quirks:
+            return vision_inputs(self.params.vision, tiles)
+        inputs = vision_inputs_2024(self.params.vision, tiles)
+        if self._encoded and not self.keeps:
+            del inputs["embeddings"]
+        self._encoded = True
+        return inputs
+
+    def _keeps(self, image: int) -> tuple[Keep, ...]:
+        """Where safe ownership copies the output of image number `image`."""
+        if not self.keeps:
+            return ()
         assert self.params.vision is not None
         home = self.memory.resident[self._cross_states_key()]
         rows = self.params.vision.max_tiles * self.params.vision.n_tile_tokens
         offset = image * rows * self.params.text.n_embd * DType.F32.block_nbytes
-        shipped = self.evaluator.program(
-            ("vision", image),
-            0,
-            self._vision_graph,
-            digests=("vision_output",),
-            keeps=(Keep("vision_output", Home(home.worker, home.arena, home.offset + offset)),),
-        )
-        return self.evaluator.run(shipped, vision_inputs(self.params.vision, tiles)), shipped
+        return (Keep("vision_output", Home(home.worker, home.arena, home.offset + offset)),)
 
     def _cross_states_key(self) -> tuple[str, str]:
         return ("cross_states", self.placement("cross_states").buft)
@@ -216,6 +276,8 @@ class Session:
             raise CapacityError(f"the context of {self.n_ctx} tokens is full: {self.n_past} + {n_tokens} do not fit")
         n_kv = min(self.n_ctx, -(-(self.n_past + n_tokens) // KV_PADDING) * KV_PADDING)
         write = bool(self.n_images) and self.n_past == 0
+        if self.checks and self.n_images and self._forgets(write):
+            raise OwnershipError(lost_image("language"))
         shipped = self.evaluator.program(
             ("language", n_tokens, n_kv, write),
             len(self.schedulers) - 1,
@@ -225,7 +287,7 @@ class Session:
         inputs = text_inputs(tokens, self.n_past, n_kv)
         if self.n_images:
             assert self.masks is not None
-            inputs |= self.masks.rows(self.n_past, n_tokens)
+            inputs = inputs | self.masks.rows(self.n_past, n_tokens)
         result = self.evaluator.run(shipped, inputs)
         self.n_past += n_tokens
         return np.frombuffer(result.outputs["result_output"], np.float32), result, shipped

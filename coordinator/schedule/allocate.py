@@ -23,6 +23,9 @@ INPLACE_OPS = frozenset({
 })  # fmt: skip
 """Ops whose result may take the place of a source."""
 
+FITS, GROWN, LEAFS = range(3)
+"""Whether a graph can have the places of the last reservation; see `fits`."""
+
 _CAN_INPLACE = np.zeros(N_OPS, np.bool_)
 _CAN_INPLACE[list(INPLACE_OPS)] = True
 
@@ -37,6 +40,11 @@ class Places(NamedTuple):
     chunk: I64
     offset: I64
     nbytes: I64
+
+
+def no_places(n: int) -> Places:
+    """Nothing placed yet."""
+    return Places(np.full(n, NOWHERE, np.int64), *np.zeros((3, n), np.int64))
 
 
 class Uses(NamedTuple):
@@ -54,32 +62,49 @@ def reserve(g: GraphArrays, d: DeviceTable, tasks: Tasks, n_bufts: int) -> tuple
     """
     n_ext = tasks.op.size
     heap = new_heap(n_bufts)
-    places = Places(np.full(n_ext, NOWHERE, np.int64), *np.zeros((3, n_ext), np.int64))
+    places = no_places(n_ext)
     uses = Uses(np.zeros(n_ext, np.bool_), np.zeros(n_ext, np.int64), np.zeros(n_ext, np.int64))
     if not _walk(g.layout, d, tasks, heap, places, uses):
         raise CapacityError(f"graph allocation: more than {MAX_FREE} free blocks in one chunk")
-    places.nbytes[:] = tasks.nbytes
-    fixed = tasks.outside | (tasks.view_src >= 0)
-    places.buft[fixed] = NOWHERE
-    places.nbytes[fixed] = 0
-    sizes = [tuple(int(v) for v in heap.used[k, : heap.n_chunks[k]]) for k in range(n_bufts)]
+    sizes = [tuple(heap.used[k, :count].tolist()) for k, count in enumerate(heap.n_chunks.tolist())]
     return places, sizes
 
 
 @compiled
-def fits(tasks: Tasks, old: Tasks, reserved: Places) -> bool:
-    """True when every node and source fits the place reserved at its position; leafs are not looked at (as in ggml)."""
+def fits(tasks: Tasks, before: Tasks, old: Tasks, reserved: Places, end: I64) -> int:
+    """Whether the graph can have the places reserved for `old`: FITS, or GROWN, or LEAFS.
+
+    GROWN is ggml's decision to reallocate: buffer types by position against the graph `before`, sizes of nodes and
+    sources against what was reserved, never identity; leafs are not looked at. LEAFS says that they should have been:
+    one stands where no place is, or would end behind its chunk. `end` [buft, chunk] are the sizes of the buffers.
+    """
+    if not (_same(before.node_buft, tasks.node_buft) and _same(before.leaf_buft, tasks.leaf_buft)):
+        return GROWN
     width = old.node_src.shape[1]
     for i in range(tasks.node.size):
         if not tasks.is_hold[i]:
-            before = NOWHERE if old.is_hold[i] else old.node[i]
-            if not _fits_one(tasks, tasks.node[i], reserved, before):
-                return False
+            at = NOWHERE if old.is_hold[i] else old.node[i]
+            if not _fits_one(tasks, tasks.node[i], reserved, at):
+                return GROWN
         for j in range(tasks.node_src.shape[1]):
             t = tasks.node_src[i, j]
             if t >= 0 and not _fits_one(tasks, t, reserved, old.node_src[i, j] if j < width else NOWHERE):
-                return False
-    return True
+                return GROWN
+    for i in range(tasks.leaf.size):
+        t, at = tasks.leaf[i], old.leaf[i]
+        if not tasks.outside[t] and tasks.view_src[t] < 0:
+            b = reserved.buft[at]
+            if b == NOWHERE or reserved.offset[at] + tasks.nbytes[t] > end[b, reserved.chunk[at]]:
+                return LEAFS
+    return FITS
+
+
+@helper
+def _same(a: I64, b: I64) -> bool:
+    i = 0
+    while i < min(a.size, b.size) and a[i] == b[i]:
+        i += 1
+    return bool(i == a.size == b.size)
 
 
 @helper
@@ -89,21 +114,6 @@ def _fits_one(tasks: Tasks, t: int, reserved: Places, before: int) -> bool:
     if before < 0 or reserved.buft[before] == NOWHERE:
         return False
     return bool(tasks.nbytes[t] <= reserved.nbytes[before])
-
-
-@compiled
-def leafs_fit(tasks: Tasks, old: Tasks, reserved: Places, end: I64) -> bool:
-    """True when each leaf that needs a place stands at a position that has one, and ends within the chunk.
-
-    `end` [buft, chunk] are the sizes of the buffers.
-    """
-    for i in range(tasks.leaf.size):
-        t, before = tasks.leaf[i], old.leaf[i]
-        if not tasks.outside[t] and tasks.view_src[t] < 0:
-            b = reserved.buft[before]
-            if b == NOWHERE or reserved.offset[before] + tasks.nbytes[t] > end[b, reserved.chunk[before]]:
-                return False
-    return True
 
 
 @compiled
@@ -165,6 +175,11 @@ def _walk(layout: I64, d: DeviceTable, x: Tasks, heap: Heap, places: Places, u: 
             s = x.node_src[i, j]
             if s >= 0 and not _release(d, x, heap, places, u, s):
                 return False
+    for t in range(x.op.size):
+        if x.outside[t] or x.view_src[t] >= 0:
+            places.buft[t] = NOWHERE
+        else:
+            places.nbytes[t] = x.nbytes[t]
     return True
 
 

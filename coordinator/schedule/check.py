@@ -9,13 +9,10 @@ from coordinator.graph.node import ABSENT, Tensor
 from coordinator.schedule.devices import buft_name
 from coordinator.schedule.plan import Device, Place, Plan, Split
 from protocol.errors import PlanError
-from protocol.ops import Flag, Op
+from protocol.ops import WRITES_ONLY, Flag, Op
 
 _Run = tuple[int, int, int]
 """Bytes [start, end) and the number of their writer; -1 for nobody."""
-
-_WRITES_ONLY = {Op.CPY: 1, Op.SET_ROWS: 2}
-"""Ops that only write to the source of this number."""
 
 
 @dataclass(slots=True)
@@ -143,7 +140,7 @@ class _Walk:
         for j, (original, source) in enumerate(zip(node.src, sources, strict=True)):
             if (source == ABSENT) != (original == ABSENT):
                 raise PlanError(f"{story}: source {j} is {source}, expected {original}")
-            if source == ABSENT or _WRITES_ONLY.get(node.op) == j:
+            if source == ABSENT or WRITES_ONLY.get(node.op) == j:
                 continue
             if source >= self.n:
                 self._check_copy(story, original, source, s)

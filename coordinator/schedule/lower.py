@@ -53,6 +53,7 @@ class Transfer:
     nbytes: int
     split: int
     arena: int  # of the source
+    tensor: int  # its number in the graph
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +69,16 @@ class WorkerProgram:
 
 @dataclass(frozen=True, slots=True)
 class Lowered:
-    """Programs by worker, and every transfer between them."""
+    """Programs by worker, every transfer between them, and where tensors lie (copies: `len(tensors) + index`)."""
 
     plan: Plan
     programs: tuple[WorkerProgram, ...]
     transfers: tuple[Transfer, ...]
+    homes: Mapping[int, Home] = field(default_factory=dict)
+
+    def home(self, name: str) -> Home:
+        """Where the tensor of a port lies."""
+        return self.homes[self.plan.graph.named(name).id]
 
 
 @dataclass(slots=True)
@@ -153,7 +159,7 @@ class _Lowering:
             WorkerProgram(tuple(d.ops), tuple(d.instructions), tuple(d.inputs), tuple(d.outputs), tuple(d.digests))
             for d in self.drafts
         )
-        return Lowered(self.plan, programs, tuple(self.transfers))
+        return Lowered(self.plan, programs, tuple(self.transfers), self.homes_of)
 
     def _home(self, ident: int) -> Home:
         """Home of a tensor, or of a copy (`len(tensors) + index`)."""
@@ -206,7 +212,7 @@ class _Lowering:
         span = {"split": split, "arena": target.arena, "offset": target.offset, "nbytes": tensor.nbytes}
         origin = (source.arena, source.offset)
         if source.worker == target.worker:
-            receiver.instructions.append(Instruction(Kind.COPY, src=origin, **span))
+            receiver.instructions.append(Instruction(Kind.COPY, ident, src=origin, **span))
             return
         number = len(self.transfers)
         if number >= MAX_TRANSFERS:
@@ -214,7 +220,7 @@ class _Lowering:
                 f"{self.plan.graph.name}: more than {MAX_TRANSFERS} transfers between workers in one step"
             )
         self.transfers.append(
-            Transfer(number, source.worker, target.worker, tensor.name, tensor.nbytes, split, source.arena)
+            Transfer(number, source.worker, target.worker, tensor.name, tensor.nbytes, split, source.arena, ident)
         )
         sender = self.drafts[source.worker]
         sender.end_run(split)
@@ -260,12 +266,9 @@ class _Lowering:
         worker, port = self._port(keep.name)
         if keep.home.worker != worker:
             raise PlanError(f"{keep.name!r} lies on another worker than the memory that keeps it")
-        self.drafts[worker].instructions.append(
-            Instruction(
-                Kind.COPY, 0, 0, len(self.plan.splits), keep.home.arena, keep.home.offset, port.nbytes,
-                (port.arena, port.offset),
-            )
-        )  # fmt: skip
+        ident, end = self.plan.graph.named(keep.name).id, len(self.plan.splits)
+        target, source = (keep.home.arena, keep.home.offset), (port.arena, port.offset)
+        self.drafts[worker].instructions.append(Instruction(Kind.COPY, ident, 0, end, *target, port.nbytes, source))
 
 
 def link_bytes(lowered: Lowered) -> Mapping[tuple[int, int], int]:

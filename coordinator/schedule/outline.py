@@ -14,7 +14,7 @@ from coordinator.graph.vision_2024 import build_vision_2024
 from coordinator.model.hparams import ModelParams
 from coordinator.model.presets import Blueprint
 from coordinator.schedule.document import Document
-from coordinator.schedule.placement import Placement, PlacementOptions, plan_placement
+from coordinator.schedule.placement import Placement, PlacementOptions, check_overrides, plan_placement
 from coordinator.schedule.plan import Device, Plan
 from coordinator.schedule.residents import purpose_of, residents
 from coordinator.schedule.scheduler import Scheduler
@@ -102,6 +102,7 @@ def plan_model(blueprint: Blueprint, setting: Setting) -> Outline:
     """
     setting = fit_setting(blueprint.params, setting)
     placement = plan_placement(setting.devices, setting.limits, blueprint.params.text.n_layer, setting.placement)
+    check_overrides(setting.placement, blueprint.weights)
     graphs = _Graphs(blueprint, setting, placement).build()
     made: dict[bool, Scheduler] = {}
     planned = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from coordinator.graph.node import BufferRef
@@ -113,6 +113,17 @@ def plan_placement(
     ]
     overrides = tuple(_override(pattern, name, devices) for pattern, name in options.overrides)
     return Placement(tuple(devices), tuple(layers), overrides, options.kv_offload)
+
+
+def check_overrides(options: PlacementOptions, weights: Iterable[str]) -> None:
+    """Raises UsageError for an override that no weight's name matches; llama.cpp says nothing and goes on."""
+    names = list(weights)
+    for pattern, device in options.overrides:
+        if not any(re.search(pattern, name) for name in names):
+            raise UsageError(
+                f"--override-tensor {pattern}={device}: matches none of the model's {len(names)} weights,"
+                f" which are named like {', '.join(names[1:4])}"
+            )
 
 
 def _bounds(accelerators: int, memory: Sequence[int | None], split: Sequence[float]) -> list[float]:

@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from coordinator.graph.node import Graph
+
+if TYPE_CHECKING:
+    from coordinator.schedule.decisions import Decisions
+
+ACCEL_ALIGNMENT = 128
+HOST_ALIGNMENT = 32
+"""Bytes that compute memory is aligned to on accelerators and on the host, as in ggml's CUDA and CPU backends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,23 +72,45 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A planned graph.
+    """A planned graph; what was decided about it is read from the passes' arrays when it is asked for.
 
-    `backend` and `cause` are indexed by tensor id (-1 and "" where nothing was assigned). `places` by tensor id, None
-    for tensors that the allocator never saw; a view's place is its own (root's offset + view_offs). `sources[i]` are
-    the sources of `graph.nodes[i]` after rewriting: a value >= len(graph.tensors) means `copies[value - len]`.
     `buffer_sizes` are the bytes per buffer type after this graph, by chunk. `epoch` counts allocations on the
     scheduler.
     """
 
     graph: Graph
     devices: tuple[Device, ...]
-    backend: tuple[int, ...]
-    cause: tuple[str, ...]
-    splits: tuple[Split, ...]
-    copies: tuple[Copy, ...]
-    sources: tuple[tuple[int, ...], ...]
-    places: tuple[Place | None, ...]
+    decisions: Decisions
     buffer_sizes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     reallocated: bool = False
     epoch: int = 0
+
+    @property
+    def backend(self) -> tuple[int, ...]:
+        """Device index by tensor id, -1 where nothing was assigned."""
+        return self.decisions.backend
+
+    @property
+    def cause(self) -> tuple[str, ...]:
+        """Label of what assigned the device, by tensor id; empty where nothing was assigned."""
+        return self.decisions.cause
+
+    @property
+    def splits(self) -> tuple[Split, ...]:
+        """Runs of nodes in order."""
+        return self.decisions.splits
+
+    @property
+    def copies(self) -> tuple[Copy, ...]:
+        """Every copy of a tensor on another backend."""
+        return self.decisions.copies
+
+    @property
+    def sources(self) -> tuple[tuple[int, ...], ...]:
+        """Sources of `graph.nodes[i]` after rewriting: from len(graph.tensors) on they are `copies[value - len]`."""
+        return self.decisions.sources
+
+    @property
+    def places(self) -> tuple[Place | None, ...]:
+        """By tensor id, None for tensors that the allocator never saw; a view's is its root's offset + view_offs."""
+        return self.decisions.places

@@ -10,15 +10,14 @@ import numpy as np
 from coordinator.graph.node import Graph
 from coordinator.schedule import allocate, assign, split
 from coordinator.schedule.allocate import Places
-from coordinator.schedule.arrays import I64, NO_BUFFER, GraphArrays, graph_arrays, same_arrays
+from coordinator.schedule.arrays import I64, GraphArrays, graph_arrays
 from coordinator.schedule.chunks import MAX_CHUNKS
+from coordinator.schedule.decisions import Decisions, tensor_name
 from coordinator.schedule.devices import make_devices
-from coordinator.schedule.plan import Copy, Device, Place, Plan, Split
-from coordinator.schedule.tasks import NOWHERE, Tasks, arrange, homeless_leaf
+from coordinator.schedule.plan import Device, Plan
+from coordinator.schedule.split import SplitArrays
+from coordinator.schedule.tasks import Tasks, arrange, homeless_leaf
 from protocol.errors import PlanError
-
-_NAME_MAX = 63
-"""Characters of a tensor's name that ggml keeps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +28,7 @@ class _Draft:
     arrays: GraphArrays
     backend: I64
     cause: I64
-    parts: split.SplitArrays
+    parts: SplitArrays
     tasks: Tasks
     grown: bool  # a split's list of inputs became longer
 
@@ -90,7 +89,7 @@ class Scheduler:
         if not self._allocated:
             self._next_copy = 0
         self._last = None
-        if self._reserve(self._draft(graph, self._arrays(graph))):
+        if self._reserve(self._draft(graph)):
             self._epoch += 1
         self.reset()
         return self.buffer_sizes
@@ -111,12 +110,11 @@ class Scheduler:
         if self._allocated:
             raise PlanError(f"graph {graph.name!r}: the last graph is still allocated, expected a reset before it")
         last, self._last = self._last, None
-        arrays = last[0].arrays if last and graph is last[0].graph else self._arrays(graph)
-        if last and self._is_repeat(graph, arrays, last[0]):
+        if last and self._is_repeat(graph, last[0]):
             return self._repeat(graph, *last)
         self._copy = self._next_copy
         self._next_copy = (self._next_copy + 1) % self._n_copies
-        draft = self._draft(graph, arrays)
+        draft = self._draft(graph)
         reallocated = not self._can_reuse(draft.tasks)
         if reallocated:
             self._reserve(draft)
@@ -127,37 +125,31 @@ class Scheduler:
         self._last = draft, plan
         return plan
 
-    def _is_repeat(self, graph: Graph, arrays: GraphArrays, last: _Draft) -> bool:
+    def _is_repeat(self, graph: Graph, last: _Draft) -> bool:
         """True when `graph` is the graph planned last to every pass, and ggml would come to the same result.
 
         It would: the passes see the same facts, and the allocator finds every position as it left it. Two things
         could still differ and are excluded: copies take turns when there are several, and a split whose list of
-        inputs was full and grew has more room the second time. Names matter because copies are named after them,
-        and buffer types that no device knows because they have one number.
+        inputs was full and grew has more room the second time. Names matter because copies are named after them.
         """
         if self._n_copies > 1 or last.grown:
             return False
-        if graph is last.graph:
-            return True
-        return same_arrays(arrays, last.arrays) and all(
-            a.name == b.name and a.buffer == b.buffer for a, b in zip(graph.tensors, last.graph.tensors, strict=True)
+        return graph is last.graph or (
+            graph.pins == last.graph.pins and graph.columns.digest == last.graph.columns.digest
         )
 
     def _repeat(self, graph: Graph, draft: _Draft, plan: Plan) -> Plan:
         self._epoch += 1
         self._allocated = True
-        self._n_splits = len(plan.splits)
+        self._n_splits = len(draft.parts.splits)
         plan = replace(plan, graph=graph, reallocated=False, epoch=self._epoch)
         self._last = replace(draft, graph=graph), plan
         return plan
 
-    def _arrays(self, graph: Graph) -> GraphArrays:
+    def _draft(self, graph: Graph) -> _Draft:
         self._check_pins(graph)
         known = self._devices
-        return graph_arrays(graph, known.buft_index, known.foreign, known.index)
-
-    def _draft(self, graph: Graph, arrays: GraphArrays) -> _Draft:
-        known = self._devices
+        arrays = graph_arrays(graph, known.buft_index, known.foreign, known.index)
         backend, cause = assign.assign(graph, arrays, known, self._op_offload)
         missing = len(graph.nodes) + 1 - self._capacity.size
         if missing > 0:
@@ -181,30 +173,22 @@ class Scheduler:
                 raise PlanError(f"tensor id {ident} is pinned to unknown device {device!r}: expected one of {names}")
 
     def _can_reuse(self, tasks: Tasks) -> bool:
-        """ggml's decision not to reallocate: position, buffer type and size are compared, never identity."""
+        """ggml's decision not to reallocate, but for leafs, which ggml does not look at."""
         if self._reserved is None:
             return False
         old, places = self._reserved
-        before = self._before or old
-        if not (
-            np.array_equal(before.node_buft, tasks.node_buft)
-            and np.array_equal(before.leaf_buft, tasks.leaf_buft)
-            and allocate.fits(tasks, old, places)
-        ):
-            return False
         ends = np.zeros((len(self._sizes), MAX_CHUNKS), np.int64)
         for k, size in enumerate(self._sizes):
             ends[k, : len(size or ())] = size or ()
-        if allocate.leafs_fit(tasks, old, places, ends):
-            return True
-        self._rescues += 1
-        return False
+        found = allocate.fits(tasks, self._before or old, old, places, ends)
+        self._rescues += found == allocate.LEAFS
+        return found == allocate.FITS
 
     def _reserve(self, draft: _Draft) -> bool:
         """Plan the places of a graph from scratch; returns whether a buffer had to be replaced."""
         leaf = homeless_leaf(draft.tasks)
         if leaf >= 0:
-            name = _name(draft.graph, leaf)
+            name = tensor_name(draft.graph, leaf)
             raise PlanError(
                 f"leaf {name!r} lies in no buffer, is no input and no node reads it itself: no device has it"
             )
@@ -222,76 +206,7 @@ class Scheduler:
     def _finish(self, draft: _Draft, reallocated: bool) -> Plan:
         assert self._reserved is not None
         old, reserved = self._reserved
-        n_ext = draft.tasks.op.size
-        places = Places(np.full(n_ext, NOWHERE, np.int64), *np.zeros((3, n_ext), np.int64))
+        places = allocate.no_places(draft.tasks.op.size)
         allocate.take_places(draft.tasks, old, reserved, places)
-        n = len(draft.graph.tensors)
-        return Plan(
-            graph=draft.graph,
-            devices=self._devices.devices,
-            backend=tuple(draft.backend.tolist()),
-            cause=tuple(map(assign.CAUSES.__getitem__, draft.cause.tolist())),
-            splits=_splits(draft.parts),
-            copies=self._copies(draft, places, n),
-            sources=_sources(draft),
-            places=tuple(self._places(draft, places, n)),
-            buffer_sizes=self.buffer_sizes,
-            reallocated=reallocated,
-            epoch=self._epoch,
-        )
-
-    def _places(self, draft: _Draft, places: Places, n: int) -> list[Place | None]:
-        """Places of tensors; views lie where their root lies, pre-allocated ones in the document's buffer type."""
-        names = self._devices.buft_names
-        g = draft.arrays
-        is_view = g.view_src >= 0
-        root = np.where(is_view, g.view_src, np.arange(n))
-        viewed = places.buft[:n] == allocate.VIEWED
-        ours = np.where(viewed, places.buft[root], places.buft[:n])
-        offset = places.offset[root] + np.where(is_view, g.view_offs, 0)
-        rows = zip(ours.tolist(), places.chunk[root].tolist(), offset.tolist(), strict=True)
-        out = [Place(names[b], c, o) if b >= 0 else None for b, c, o in rows]
-        before = (g.buft[root] != NO_BUFFER) & (viewed | ~is_view | (g.buft != NO_BUFFER))
-        tensors = draft.graph.tensors
-        known: dict[str, Place] = {}
-        for t, r in zip(before.nonzero()[0].tolist(), root[before].tolist(), strict=True):
-            buffer = tensors[r].buffer
-            assert buffer is not None
-            out[t] = known.get(buffer.buft) or known.setdefault(buffer.buft, Place(buffer.buft, None, None))
-        return out
-
-    def _copies(self, draft: _Draft, places: Places, n: int) -> tuple[Copy, ...]:
-        devices, names, parts = self._devices.devices, self._devices.buft_names, draft.parts
-        copies = []
-        for c, (tensor, backend, index) in enumerate(
-            zip(parts.copy_of.tolist(), parts.copy_backend.tolist(), parts.copy_index.tolist(), strict=True)
-        ):
-            buft, chunk, offset = int(places.buft[n + c]), int(places.chunk[n + c]), int(places.offset[n + c])
-            assert buft >= 0, (tensor, backend)
-            name = f"{devices[backend].name}#{_name(draft.graph, tensor)}#{index}"[:_NAME_MAX]
-            copies.append(Copy(name, tensor, backend, index, Place(names[buft], chunk, offset)))
-        return tuple(copies)
-
-
-def _splits(parts: split.SplitArrays) -> tuple[Split, ...]:
-    inputs = parts.inputs.tolist()
-    return tuple(
-        Split(backend, start, end, tuple(inputs[first : first + count]), split.SPLIT_CAUSES[cause])
-        for backend, start, end, first, count, cause in parts.splits.tolist()
-    )
-
-
-def _sources(draft: _Draft) -> tuple[tuple[int, ...], ...]:
-    """Sources per node after rewriting."""
-    rows = draft.parts.src[draft.arrays.nodes].tolist()
-    tensors = draft.graph.tensors
-    return tuple(tuple(row[: len(tensors[t].src)]) for row, t in zip(rows, draft.graph.nodes, strict=True))
-
-
-def _name(graph: Graph, ident: int) -> str:
-    """A tensor's name; nameless ones get ggml's, which count nodes and leafs in visit order."""
-    if name := graph.tensors[ident].name[:_NAME_MAX]:
-        return name
-    if ident in graph.leafs:
-        return f"leaf_{graph.leafs.index(ident)}"
-    return f"node_{graph.nodes.index(ident)}"
+        decisions = Decisions(draft.graph, self._devices, draft.arrays, draft.backend, draft.cause, draft.parts, places)
+        return Plan(draft.graph, self._devices.devices, decisions, self.buffer_sizes, reallocated, self._epoch)

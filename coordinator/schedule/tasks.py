@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from coordinator.schedule.arrays import I64, NO_BUFFER, Bools, GraphArrays, compiled
+from coordinator.schedule.arrays import I64, NO_BUFFER, Bools, GraphArrays, compiled, helper
 from coordinator.schedule.devices import DeviceTable
 from coordinator.schedule.split import BACKEND, END, FIRST_INPUT, N_INPUTS, START, SplitArrays
 from protocol.ops import Flag, Op
@@ -49,56 +49,76 @@ def arrange(g: GraphArrays, d: DeviceTable, backend: I64, s: SplitArrays, curren
     n_ahead = n_copies * (s.graph_inputs.size + s.inputs.size) if n_copies > 1 else 0
     tasks = Tasks(
         node=np.empty(m, np.int64),
-        is_hold=np.zeros(m, np.bool_),
-        node_src=np.full((m, width), -1, np.int64),
+        is_hold=np.empty(m, np.bool_),
+        node_src=np.empty((m, width), np.int64),
         node_buft=np.empty(m, np.int64),
         leaf=np.empty(n_ahead + g.leafs.size, np.int64),
         leaf_buft=np.empty(n_ahead + g.leafs.size, np.int64),
-        op=_extend(g.op, n_ext, _NONE),
-        flags=_extend(g.flags, n_ext, _INPUT | _OUTPUT if n_copies > 1 else 0),
-        view_src=_extend(g.view_src, n_ext, -1),
-        nbytes=np.concatenate((g.nbytes, g.nbytes[s.copy_of])),
-        origin=np.concatenate((np.arange(n), s.copy_of)),
-        outside=np.concatenate((g.buft != NO_BUFFER, np.zeros(s.copy_of.size, np.bool_))),
+        op=np.empty(n_ext, np.int64),
+        flags=np.empty(n_ext, np.int64),
+        view_src=np.empty(n_ext, np.int64),
+        nbytes=np.empty(n_ext, np.int64),
+        origin=np.empty(n_ext, np.int64),
+        outside=np.empty(n_ext, np.bool_),
     )
-    tasks.flags[s.graph_inputs] |= _INPUT | _OUTPUT
-    roots = tasks.view_src[s.graph_inputs]
-    tasks.flags[roots[roots >= 0]] |= _OUTPUT  # ggml_set_output marks a view's root as well
-    _arrange_nodes(g, d, backend, s, current, tasks)
-    if n_ahead:
-        _arrange_copies(d, backend, s, tasks)
-    owner = backend[g.leafs]
-    tasks.leaf[n_ahead:] = g.leafs
-    tasks.leaf_buft[n_ahead:] = np.where(owner >= 0, d.buft[owner], NOWHERE)
+    _fill(g, d, backend, s, current, tasks)
     return tasks
 
 
-def _extend(values: I64, size: int, fill: int) -> I64:
-    out = np.full(size, fill, np.int64)
-    out[: values.size] = values
-    return out
-
-
 @compiled
+def _fill(g: GraphArrays, d: DeviceTable, backend: I64, s: SplitArrays, current: int, x: Tasks) -> None:
+    _describe(g, s, x)
+    _arrange_nodes(g, d, backend, s, current, x)
+    start = x.leaf.size - g.leafs.size
+    if start:
+        _arrange_copies(d, backend, s, x)
+    for i in range(g.leafs.size):
+        t = g.leafs[i]
+        x.leaf[start + i] = t
+        x.leaf_buft[start + i] = d.buft[backend[t]] if backend[t] >= 0 else NOWHERE
+
+
+@helper
+def _describe(g: GraphArrays, s: SplitArrays, x: Tasks) -> None:
+    """Facts per tensor and per copy; copies look like their sources and are leafs of their own."""
+    n = g.op.size
+    several = s.copy_id.shape[2] > 1
+    for t in range(n):
+        x.op[t], x.flags[t], x.view_src[t], x.nbytes[t] = g.op[t], g.flags[t], g.view_src[t], g.nbytes[t]
+        x.origin[t], x.outside[t] = t, g.buft[t] != NO_BUFFER
+    for c in range(s.copy_of.size):
+        t = n + c
+        x.op[t], x.flags[t], x.view_src[t] = _NONE, _INPUT | _OUTPUT if several else 0, -1
+        x.nbytes[t], x.origin[t], x.outside[t] = g.nbytes[s.copy_of[c]], s.copy_of[c], False
+    for t in s.graph_inputs:
+        x.flags[t] |= _INPUT | _OUTPUT
+        if x.view_src[t] >= 0:
+            x.flags[x.view_src[t]] |= _OUTPUT  # ggml_set_output marks a view's root as well
+
+
+@helper
 def _arrange_nodes(g: GraphArrays, d: DeviceTable, backend: I64, s: SplitArrays, current: int, x: Tasks) -> None:
-    m = 0
+    m, width = 0, s.src.shape[1]
     for k in range(s.splits.shape[0]):
         b = s.splits[k, BACKEND]
         first = s.splits[k, FIRST_INPUT]
         for i in range(first, first + s.splits[k, N_INPUTS]):
             t = s.inputs[i]
-            x.node[m], x.is_hold[m], x.node_src[m, 0], x.node_buft[m] = t, True, t, d.buft[backend[t]]
-            x.node[m + 1], x.node_buft[m + 1] = s.copy_id[t, b, current], d.buft[b]
+            x.node[m], x.is_hold[m], x.node_buft[m] = t, True, d.buft[backend[t]]
+            x.node[m + 1], x.is_hold[m + 1], x.node_buft[m + 1] = s.copy_id[t, b, current], False, d.buft[b]
+            for j in range(width):
+                x.node_src[m, j] = x.node_src[m + 1, j] = -1
+            x.node_src[m, 0] = t
             m += 2
         for i in range(s.splits[k, START], s.splits[k, END]):
             t = g.nodes[i]
-            x.node[m], x.node_buft[m] = t, d.buft[backend[t]]
-            for j in range(s.src.shape[1]):
+            x.node[m], x.is_hold[m], x.node_buft[m] = t, False, d.buft[backend[t]]
+            for j in range(width):
                 x.node_src[m, j] = s.src[t, j]
             m += 1
 
 
-@compiled
+@helper
 def _arrange_copies(d: DeviceTable, backend: I64, s: SplitArrays, x: Tasks) -> None:
     """All copies as leafs: those of graph inputs, then those of split inputs."""
     n_copies = s.copy_id.shape[2]

@@ -7,15 +7,16 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from numba import cfunc, types
 
-from coordinator.schedule import allocate, assign, split
-from coordinator.schedule.arrays import GraphArrays
+from coordinator.graph.columns import make_columns
+from coordinator.graph.node import Graph, freeze
 from coordinator.schedule.document import load_document
+from coordinator.schedule.plan import Plan
 from coordinator.schedule.scheduler import Scheduler
-from coordinator.schedule.tasks import Tasks, arrange
 from tests.conformance import real_ggml
 from tests.conformance.documents import strides
 from tests.conformance.real_ggml import DEVICE_SLOTS, RealGraph, buft_of
@@ -104,32 +105,48 @@ def _microseconds(samples: list[float]) -> str:
     return f"median {statistics.median(samples) * 1e6:7.0f} us, least {min(samples) * 1e6:7.0f} us"
 
 
-def time_ggml(lib: c.CDLL, doc: Json, repeat: int) -> tuple[list[float], list[float]]:
-    """Seconds of reset + alloc_graph: with a reservation each time (another graph lies between), and without."""
+class Ggml:
+    """ggml's scheduler over the document's graphs; seconds of reset + alloc_graph, which is all it does to plan."""
+
+    def __init__(self, lib: c.CDLL, doc: Json) -> None:
+        self.lib, self.scheduler = lib, RealScheduler(lib, doc)
+        answer_natively(self.scheduler)
+
+    def allocate(self, entry: Json) -> float:
+        """Plan a graph, which is built before the clock starts."""
+        graph = RealGraph(self.scheduler.world, entry)
+        start = time.perf_counter()
+        self.lib.ggml_backend_sched_reset(self.scheduler.sched)
+        assert self.lib.ggml_backend_sched_alloc_graph(self.scheduler.sched, graph.graph)
+        took = time.perf_counter() - start
+        self.scheduler.graphs.append(graph)
+        return took
+
+
+def named_anew(graph: Graph) -> Graph:
+    """The same graph to the allocator, but no repetition: a weight has another name."""
+    tensor = next(t for t in graph.tensors if t.buffer is not None)
+    tensors = [*graph.tensors]
+    tensors[tensor.id] = replace(tensor, name="another")
+    return freeze(graph.name, tensors, graph.expand, graph.nodes, graph.leafs)
+
+
+def read_all(plan: Plan) -> Any:
+    """Everything that a plan says, as Python values."""
+    return plan.backend, plan.cause, plan.splits, plan.copies, plan.sources, plan.places
+
+
+def measure(doc: Json, lib: c.CDLL | None, repeat: int) -> dict[str, list[float]]:
+    """Seconds of whole calls, ours and ggml's in turns; every graph is built before its clock starts.
+
+    Buffers are planned anew behind another graph, and a third graph finds places. Then, which ggml has no notion of,
+    comes the same graph again, and an equal one.
+    """
     small = llama_graph(1, 1)
-    scheduler = RealScheduler(lib, doc)
-    answer_natively(scheduler)
-    anew, again = [], []
-    for _ in range(repeat):
-        for entry, samples in ((small, None), (doc["graphs"][0], anew), (doc["graphs"][0], again)):
-            graph = RealGraph(scheduler.world, entry)
-            start = time.perf_counter()
-            lib.ggml_backend_sched_reset(scheduler.sched)
-            assert lib.ggml_backend_sched_alloc_graph(scheduler.sched, graph.graph)
-            if samples is not None:
-                samples.append(time.perf_counter() - start)
-            scheduler.graphs.append(graph)
-    scheduler.close()
-    return anew, again
-
-
-def time_ours(doc: Json, repeat: int) -> dict[str, list[float]]:
-    """Seconds of the passes alone, as above, and of whole calls from the graph to the plan."""
+    ggml = Ggml(lib, doc) if lib is not None else None
     document = load_document(doc)
-    graph = document.entries[0].graph
-    small = load_document(doc | {"graphs": [llama_graph(1, 1)]}).entries[0].graph
+    graph, little = document.entries[0].graph, load_document(doc | {"graphs": [small]}).entries[0].graph
     scheduler = Scheduler(document.devices)
-    known = scheduler._devices
     out: dict[str, list[float]] = defaultdict(list)
 
     def timed(name: str, function: Callable[[], Any]) -> Any:
@@ -139,24 +156,23 @@ def time_ours(doc: Json, repeat: int) -> dict[str, list[float]]:
         return result
 
     for _ in range(repeat):
-        scheduler.allocate(small)
-        arrays = scheduler._arrays(graph)
-
-        def passes(arrays: GraphArrays = arrays) -> Tasks:
-            backend, _cause = assign.assign(graph, arrays, known, False)
-            parts = split.split(graph, arrays, known.table, backend, scheduler._capacity, 1, 0, 0)
-            return arrange(arrays, known.table, backend, parts, 0)
-
-        def with_reservation(arrays: GraphArrays = arrays) -> tuple[Tasks, allocate.Places]:
-            tasks = passes()
-            return tasks, allocate.reserve(arrays, known.table, tasks, known.n_compute)[0]
-
-        old, reserved = timed("assign + split + allocate, reservation", with_reservation)
-        timed("assign + split + allocate, places reused", lambda: allocate.fits(passes(), old, reserved))  # noqa: B023
-        timed("graph to plan, reservation", lambda: scheduler.allocate(graph))
-        timed("same graph again", lambda: scheduler.allocate(graph))
-        twin = load_document(doc).entries[0].graph
-        timed("equal graph again", lambda: scheduler.allocate(twin))  # noqa: B023
+        if ggml is not None:
+            ggml.allocate(small)
+            out["ggml  new graph, buffers planned anew"].append(ggml.allocate(doc["graphs"][0]))
+            out["ggml  new graph, places reused"].append(ggml.allocate(doc["graphs"][0]))
+        scheduler.allocate(little)
+        graph = freeze(graph.name, graph.tensors, graph.expand, graph.nodes, graph.leafs)
+        plan = timed("ours  new graph, buffers planned anew", lambda: scheduler.allocate(graph))  # noqa: B023
+        assert plan.reallocated
+        other = named_anew(graph)
+        assert not timed("ours  new graph, places reused", lambda: scheduler.allocate(other)).reallocated  # noqa: B023
+        timed("ours  the same graph again", lambda: scheduler.allocate(other))  # noqa: B023
+        equal = named_anew(graph)
+        timed("ours  an equal graph again", lambda: scheduler.allocate(equal))  # noqa: B023
+        timed("ours  beside it: a graph's columns, once", lambda: make_columns(graph.tensors, graph.nodes, graph.leafs))  # noqa: B023
+        timed("ours  beside it: all of a plan as Python", lambda: read_all(plan))  # noqa: B023
+    if ggml is not None:
+        ggml.scheduler.close()
     return out
 
 
@@ -165,14 +181,14 @@ def main() -> None:
     devices = [{"name": "GPU0", "type": "gpu"}, {"name": "CPU", "type": "cpu"}]
     doc = {"devices": devices, "parallel": False, "op_offload": False, "graphs": [llama_graph(36, 24)]}
     graph = load_document(doc).entries[0].graph
-    print(f"{len(graph.nodes)} nodes, {len(graph.leafs)} leafs, 2 devices")
+    print(f"{len(graph.nodes)} nodes, {len(graph.leafs)} leafs, 2 devices; whole calls, in turns")
     path = real_ggml.library_path()
-    if path is not None:
-        anew, again = time_ggml(real_ggml.load(path), doc, 40)
-        print(f"ggml  reset + alloc_graph, reservation         {_microseconds(anew)}")
-        print(f"ggml  reset + alloc_graph, places reused       {_microseconds(again)}")
-    for name, samples in time_ours(doc, 40).items():
-        print(f"ours  {name:42} {_microseconds(samples)}")
+    found = measure(doc, None if path is None else real_ggml.load(path), 100)
+    for name, samples in found.items():
+        print(f"{name:42} {_microseconds(samples)}")
+    for what in ("buffers planned anew", "places reused") if path is not None else ():
+        turns = zip(found[f"ours  new graph, {what}"], found[f"ggml  new graph, {what}"], strict=True)
+        print(f"ours / ggml, {what:29} median {statistics.median(a / b for a, b in turns):7.2f}")
 
 
 if __name__ == "__main__":

@@ -32,6 +32,17 @@ def test_text_and_images() -> None:
     assert render(source, add_generation_prompt=False).text == "<s>[user]Hi"
 
 
+@pytest.mark.parametrize("source", [None, "{% for m in messages %}{{ m.content }}{% endfor %}"])
+def test_a_text_may_place_its_images_itself(source: str | None) -> None:
+    text = "Compare <|image|> with <|image|>."
+    assert render(source, [Message("user", text, 2)]).text.count("<|image|>") == 2
+    assert text in render(source, [Message("user", text, 2)]).text
+    assert text in render(source, [Message("user", text)]).text
+    for images in (1, 3):
+        with pytest.raises(InputError, match=rf"the text has 2 <\|image\|> and {images} images are given"):
+            render(source, [Message("user", text, images)])
+
+
 def test_blocks_are_trimmed_as_transformers_does() -> None:
     source = "{% for m in messages %}\n    {% if true %}\n{{ m.content }}\n    {% endif %}\n{% endfor %}\nend"
     assert render(source).text == "Hi\nend"
@@ -106,6 +117,8 @@ def test_unknown_role() -> None:
         render(None, [Message("robot", "Hi")])
 
 
+LONG = "{% set a = range(200000) | join('x') %}"
+
 ATTACKS = {
     "classes": "{{ ''.__class__.__mro__ }}",
     "globals": "{{ raise_exception.__globals__['json'] }}",
@@ -136,11 +149,28 @@ ATTACKS = {
     "output": "{% for i in range(100000) %}" + "z" * 100 + "{% endfor %}",
     "date": "{{ strftime_now('%d' ~ '%d%d%d%d%d%d%d%d%d%d' ~ '" + "%d" * 60 + "') }}",
     "length": "x" * (MAX_TEMPLATE + 1),
+    "filters": "{% for i in range(100000) %}{% if range(200000) | list | length %}{% endif %}{% endfor %}",
+    "lazy filters": "{% for i in range(100000) %}"
+    "{{ range(200000) | map('string') | map('upper') | select('none') | first | default('') }}{% endfor %}",
+    "sorting": "{% set a = range(100000) | list %}{% for i in range(5000) %}{{ (a | sort)[0] }}{% endfor %}",
+    "filtering text": LONG + "{% for i in range(90000) %}{{ (a | upper)[0] }}{% endfor %}",
+    "methods": LONG + "{% for i in range(90000) %}{{ a.upper()[0] }}{{ a.split('x')[0] }}{% endfor %}",
+    "slices": LONG + "{% for i in range(90000) %}{{ a[1:][0] }}{% endfor %}",
+    "tests": "{% set a = range(200000) | list %}{% for i in range(90000) %}{{ 'x' is in(a) }}{% endfor %}",
+    "searching numbers": "{% for i in range(90000) %}{{ 'x' in range(200000) }}{% endfor %}",
+    "counting numbers": "{% for i in range(90000) %}{{ range(200000).count('x') }}{% endfor %}",
+    "stripping": LONG + "{{ (a + 'y').strip('z' + a) }}",
+    "trimming": LONG + "{{ (a + 'y') | trim('z' + a) }}",
+    "arguments": LONG + "{% for i in range(3) %}{% for j in range(60000) %}"
+    "{{ loop.changed(a) }}{% endfor %}{% endfor %}",
+    "recursive loop": "{% for i in [1] recursive %}{% if i %}{{ loop(range(200000)) }}{% endif %}{% endfor %}",
+    "memory": "{{ (1).to_bytes(8000000000, 'big') | length }}",
+    "dictionaries": "{% for i in range(90000) %}{{ dict.fromkeys(range(200000)) | length }}{% endfor %}",
 }
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(10)
 def test_attack_is_stopped(name: str) -> None:
     with pytest.raises(ModelError, match="chat template") as caught:
         render(ATTACKS[name])

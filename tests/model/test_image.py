@@ -123,7 +123,7 @@ def png_header(width: int, height: int) -> bytes:
 def test_bad_images(tmp_path: Path, reference: Path) -> None:
     good = (reference / "images" / "square_2x2.png").read_bytes()
     bomb = png_header(60_000, 60_000) + struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
-    large = bomb.replace(png_header(60_000, 60_000), png_header(8_001, 8_000))
+    large = bomb.replace(png_header(60_000, 60_000), png_header(8_000, 7_457))
     for name, data, pattern in (
         ("text.png", b"no image at all", "no image in a known format"),
         ("empty.png", b"", "no image in a known format"),
@@ -131,7 +131,7 @@ def test_bad_images(tmp_path: Path, reference: Path) -> None:
         ("head.png", good[:40], "damaged or truncated|no image"),
         ("zero.png", png_header(0, 10) + bomb[33:], "no image|expected at least one"),
         ("bomb.png", bomb, f"more than {MAX_PIXELS:,} pixels"),
-        ("large.png", large, f"8001 x 8000 pixels: expected at most {MAX_PIXELS:,}"),
+        ("large.png", large, f"8000 x 7457 pixels: expected at most {MAX_PIXELS:,} in a PNG"),
         ("icon.ico", b"\0\0\1\0\1\0", "no image in a known format"),
     ):
         path = tmp_path / name
@@ -143,6 +143,27 @@ def test_bad_images(tmp_path: Path, reference: Path) -> None:
         load_image(tmp_path / "none.png")
     with pytest.raises(InputError, match="not a regular file"):
         load_image(tmp_path)
+
+
+def test_large_images_are_converted_in_bands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Any size of bands gives the same pixels."""
+    values = np.random.default_rng(0).integers(0, 256, (37, 23, 4), np.uint8)
+    wide = Image.fromarray(values[..., 0].astype(np.uint16) * 251)
+    whole = [to_rgb(Image.fromarray(values)), load_image(save(tmp_path, wide, "wide.png"))]
+    monkeypatch.setattr("coordinator.model.image._BAND", 60)
+    bands = [to_rgb(Image.fromarray(values)), load_image(save(tmp_path, wide, "wide.png"))]
+    assert [np.asarray(a).tolist() for a in whole] == [np.asarray(b).tolist() for b in bands]
+
+
+def test_formats_that_need_more_memory_have_lower_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coordinator.model.image.MAX_DECODED", 10_000)
+    image = Image.new("RGB", (30, 30))
+    assert load_image(save(tmp_path, image, "a.png")).size == (30, 30)
+    assert load_image(save(tmp_path, image, "a.jpg")).size == (30, 30)
+    for name, limit in (("b.webp", 625), ("c.jpg", 769)):
+        large = image.convert("CMYK") if name == "c.jpg" else image
+        with pytest.raises(InputError, match=f"30 x 30 pixels: expected at most {limit}"):
+            load_image(save(tmp_path, large, name))
 
 
 def test_empty_image(ref_vision: VisionParams) -> None:

@@ -102,7 +102,7 @@ def test_answers_are_the_right_ones() -> None:
             assert isinstance(decode(worker.recv_multipart()).message, m.Welcome)
             worker.send_multipart(answer)
             with pytest.raises(Exception, match=words):
-                made.request(0, m.Allocate(1, 8, "KV"))
+                made.request(0, m.Allocate(1, 8, "KV", shadow=False))
 
 
 def test_sending_to_nobody() -> None:
@@ -279,7 +279,7 @@ def test_welcomed_worker_answers_nonsense_and_goes_on(tmp_path: Path) -> None:
             (encode(m.Step(4, 1)), "unknown program 4"),
             (encode(m.Load(0, 1), [b"odd"]), "no table"),
             (encode(m.Load(0, 1)), "expected 1 buffer, got 0"),
-            (encode(m.Allocate(1, -1, "KV")), "over the limits"),
+            (encode(m.Allocate(1, -1, "KV", shadow=False)), "over the limits"),
         ):
             server.send_multipart([identity, *request])
             failed = decode(server.recv_multipart()[1:]).message

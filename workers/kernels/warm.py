@@ -61,12 +61,18 @@ def _compile(processes: int) -> None:
 
 
 def _load(progress: Progress | None, first: int = 0, step: int = 1) -> int:
-    tasks = [("threads", team.prepare), *((kernel.name, kernel.address) for kernel in KERNELS)][first::step]
+    tasks = [("threads", team.prepare), ("shadow", _shadow), *((kernel.name, kernel.address) for kernel in KERNELS)][
+        first::step
+    ]
     for k, (name, task) in enumerate(tasks):
         task()
         if progress is not None:
             progress(k + 1, len(tasks), name)
     return len(tasks)
+
+
+def _shadow() -> None:
+    import workers.kernels.shadow  # noqa: F401  (compiled when imported, which only strict ownership does)
 
 
 def _marker() -> Path:

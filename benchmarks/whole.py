@@ -1,0 +1,122 @@
+"""Whole models against llama.cpp: decode and prompts, in one process each, and spread over processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from benchmarks import models
+from benchmarks.measure import Row, compare, interleave
+from benchmarks.rivals import Ours, Peer, agreement, tokens
+
+N_CTX = 1024
+CHUNK, DEPTH = 8, 128
+LEAST_AGREEMENT = 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How much is measured, and where llama.cpp is: `python` is an interpreter that has it."""
+
+    rounds: int = 24
+    prompt_rounds: int = 7
+    prompts: tuple[int, ...] = (128, 512)
+    python: str = ""
+    budget_s: float = 60.0
+
+    def shortened(self) -> Settings:
+        """For a first look."""
+        return replace(self, rounds=8, prompt_rounds=3, prompts=(128,), budget_s=15.0)
+
+
+Rival = Ours | Peer
+
+
+def decoding(rival: Rival, n_vocab: int) -> Callable[[], float]:
+    """Seconds per token of the next CHUNK tokens; starts anew after DEPTH, as llama-bench's tg128."""
+    chosen = tokens(DEPTH, n_vocab)
+    at = 0
+
+    def timed() -> float:
+        nonlocal at
+        if at == 0:
+            rival.restart()
+        seconds = rival.evaluate([[token] for token in chosen[at : at + CHUNK]])
+        at = (at + CHUNK) % DEPTH
+        return seconds / CHUNK
+
+    return timed
+
+
+def prompting(rival: Rival, n_vocab: int, n: int) -> Callable[[], float]:
+    """Seconds per prompt of `n` tokens on an empty context."""
+    chosen = tokens(n, n_vocab)
+
+    def timed() -> float:
+        rival.restart()
+        return rival.evaluate([chosen])
+
+    return timed
+
+
+def race(
+    bench: str, label: str, rivals: dict[str, Rival], n_vocab: int, settings: Settings, note: str
+) -> Iterator[Row]:
+    """Decode and the prompts, rivals in turn."""
+    warm = {name: decoding(rival, n_vocab) for name, rival in rivals.items()}
+    interleave(warm, 3)
+    samples = interleave(
+        {name: decoding(rival, n_vocab) for name, rival in rivals.items()}, settings.rounds, settings.budget_s
+    )
+    yield compare(bench, f"{label} decode", samples, "t/s", lambda s: 1 / s, note)
+    for n in settings.prompts:
+        timers = {name: prompting(rival, n_vocab, n) for name, rival in rivals.items()}
+        interleave(timers, 1)
+        samples = interleave(timers, settings.prompt_rounds, settings.budget_s)
+        yield compare(bench, f"{label} prompt {n}", samples, "t/s", lambda s, n=n: n / s, note)  # type: ignore[misc]
+
+
+def single(names: tuple[str, ...], threads: tuple[int, ...], settings: Settings) -> Iterator[Row]:
+    """One process each, same file and threads."""
+    for name in names:
+        file = models.model_file(name)
+        for count in threads:
+            with (
+                Ours(file, "cpu:1", count, None, N_CTX) as ours,
+                Peer(file, count, N_CTX, python=settings.python) as peer,
+            ):
+                same = agreement(ours, peer, tokens(32, ours.n_vocab, 7))
+                assert same > LEAST_AGREEMENT, f"{name}: logits agree to {same:.3f} only"
+                label = f"{name}, {count} thread{'s' if count > 1 else ''},"
+                yield from race("model", label, {"ours": ours, "llama.cpp": peer}, ours.n_vocab, settings, "")
+
+
+def spread(names: tuple[str, ...], settings: Settings) -> Iterator[Row]:
+    """Two and three processes of one thread each, half and all layers away from the first."""
+    for name in names:
+        file = models.model_file(name)
+        for others in (1, 2):
+            for share in ("half", "all"):
+                with Ours(file, "cpu:1", 1, None, N_CTX) as probe:
+                    n_layer, n_vocab = probe.session.params.text.n_layer, probe.n_vocab
+                layers = n_layer // 2 if share == "half" else n_layer + 1
+                with (
+                    Ours(file, f"cpu:1,accel:{others}", 1, layers, N_CTX) as ours,
+                    Peer(file, 1, N_CTX, python=settings.python, servers=others, n_gpu_layers=layers) as peer,
+                ):
+                    label = f"{name}, {1 + others} processes, {share} layers away,"
+                    yield from race("rpc", label, {"ours": ours, "llama.cpp RPC": peer}, n_vocab, settings, "")
+
+
+def own(names: tuple[str, ...], settings: Settings) -> Iterator[Row]:
+    """Decode over two workers against our own single process: what handing over costs."""
+    for name in names:
+        file = models.model_file(name)
+        with Ours(file, "cpu:1", 1, None, N_CTX) as alone:
+            layers = alone.session.params.text.n_layer // 2
+            with Ours(file, "cpu:1,accel:1", 1, layers, N_CTX) as ours:
+                rivals: dict[str, Rival] = {"ours": ours, "one worker": alone}
+                timers = {k: decoding(rival, alone.n_vocab) for k, rival in rivals.items()}
+                interleave(timers, 3)
+                samples = interleave(timers, 2 * settings.rounds, settings.budget_s)
+                yield compare("own", f"{name}, 2 workers, half layers away, decode", samples, "t/s", lambda s: 1 / s)

@@ -1,0 +1,155 @@
+"""Models of devices: how long a piece of work takes on hardware that is described by a few numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Final
+
+from protocol.dtypes import DType
+
+KINDS: Final = ("matvec", "matmat", "attention", "elementwise", "copy")
+"""Kinds of work: a matrix times a few columns or many, attention over a KV cache, one value at a time, a copy."""
+
+CLASSES: Final = ("nvidia", "nvidia-old", "amd", "apple", "intel", "cpu")
+FAMILIES: Final = ("f32", "f16", "quant")
+"""Families of weight types that matrix rates are given for; BF16 counts as F16."""
+
+GEMM_ROWS: Final = 16
+"""From this many columns on a product is computed as matrix times matrix; below, column by column."""
+
+
+def _none() -> Mapping[str, Any]:
+    return MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What one op asks of a device.
+
+    `dtype` is that of the weights or of the KV cache; `weight_nbytes` and `n_weights` the matrix that is read once;
+    `read_nbytes` and `write_nbytes` everything else that is read and written; `flops` counts a multiplication and
+    its addition as two; `rows` are the columns of the right-hand side, tokens in a language model.
+    """
+
+    kind: str
+    dtype: DType
+    weight_nbytes: int = 0
+    n_weights: int = 0
+    read_nbytes: int = 0
+    write_nbytes: int = 0
+    flops: int = 0
+    rows: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceModel:
+    """A device. Times in seconds, sizes in bytes, rates per second.
+
+    - `bandwidth`: of its memory, as specified. `efficiency`: the share of it that each kind of work reaches, by kind
+      or by `kind.type` (`matvec.q2_K`) where a weight type stands apart; 1 where nothing is said.
+    - `rates`: FLOP/s of matrix times matrix by family of weight type (FAMILIES) or by type, as reached, not as
+      specified.
+    - `weights_per_s`: weights unpacked and multiplied with one column, as far as reading does not hide it, by type or
+      family; a type that is not there is read at full speed.
+    - `attention_rate`: FLOP/s of attention over many rows, 0: as `rates` of f16.
+    - `launch_s`: overhead of an op, `step_s` of a graph evaluation.
+    - `memory_nbytes` and `max_buffer_nbytes`: 0, no limit. `alignment` of tensors in its buffers.
+    - `async_copies`: copies from and to it overlap with its computing.
+    - `sources`: where each number comes from, by the name it has in a file.
+    """
+
+    name: str
+    cls: str
+    memory_nbytes: int
+    bandwidth: float
+    rates: Mapping[str, float]
+    efficiency: Mapping[str, float] = field(default_factory=_none)
+    weights_per_s: Mapping[str, float] = field(default_factory=_none)
+    attention_rate: float = 0.0
+    launch_s: float = 0.0
+    step_s: float = 0.0
+    alignment: int = 128
+    max_buffer_nbytes: int = 0
+    unsupported_ops: tuple[str, ...] = ()
+    unsupported_types: tuple[str, ...] = ()
+    async_copies: bool = False
+    arch: str = ""
+    sources: Mapping[str, str] = field(default_factory=_none)
+
+    def seconds(self, work: Work) -> float:
+        """How long `work` takes, its launch included."""
+        return self.launch_s + self.busy_s(work)
+
+    def busy_s(self, work: Work) -> float:
+        """How long `work` takes once it has been launched."""
+        assert work.kind in KINDS, work.kind
+        moved = (work.read_nbytes + work.write_nbytes) / self._bandwidth("elementwise", work.dtype)
+        if work.kind == "matvec":
+            read = work.weight_nbytes / self._bandwidth("matvec", work.dtype)
+            return read + work.rows * work.n_weights * self._unpack_s(work.dtype) + moved
+        if work.kind == "matmat":
+            read = work.weight_nbytes / self._bandwidth("matmat", work.dtype)
+            return read + work.flops / self.rate(work.dtype) + moved  # tiles are read before they are used
+        if work.kind == "attention":
+            read = (work.read_nbytes + work.weight_nbytes) / self._bandwidth("attention", work.dtype)
+            rate = self.attention_rate or self.rate(DType.F16)
+            return max(read, work.flops / rate) if work.rows >= GEMM_ROWS else read
+        if work.kind == "copy":
+            return (work.read_nbytes + work.write_nbytes) / self._bandwidth("copy", work.dtype)
+        return moved
+
+    def rate(self, dtype: DType) -> float:
+        """FLOP/s of matrix times matrix with weights of this type."""
+        found = self.rates.get(dtype.label) or self.rates.get(family_of(dtype))
+        return found or self.rates.get("f16") or self.rates["f32"]
+
+    def _unpack_s(self, dtype: DType) -> float:
+        rate = self.weights_per_s.get(dtype.label) or self.weights_per_s.get(family_of(dtype))
+        return 1.0 / rate if rate else 0.0
+
+    def _bandwidth(self, kind: str, dtype: DType) -> float:
+        share = self.efficiency.get(f"{kind}.{dtype.label}") or self.efficiency.get(kind, 1.0)
+        return self.bandwidth * share
+
+
+def family_of(dtype: DType) -> str:
+    """Which of FAMILIES a type of weights belongs to."""
+    if dtype.quantised:
+        return "quant"
+    return "f16" if dtype in (DType.F16, DType.BF16) else "f32"
+
+
+@dataclass(frozen=True, slots=True)
+class LinkModel:
+    """A link in one direction.
+
+    `latency_s` of each message, `bandwidth` in bytes/s, `duplex`: both directions at full speed at once. Links of one
+    `segment` share its bandwidth (a switch, a PCIe root, a network card); "" is a segment of its own. `jitter` is a
+    fraction of the time, `fixed_s_per_token` what a remote device costs each graph evaluation (RPC).
+    """
+
+    name: str
+    latency_s: float
+    bandwidth: float
+    duplex: bool = True
+    segment: str = ""
+    jitter: float = 0.0
+    fixed_s_per_token: float = 0.0
+    sources: Mapping[str, str] = field(default_factory=_none)
+
+    def seconds(self, nbytes: int) -> float:
+        """How long `nbytes` take when nobody else uses the link."""
+        return self.latency_s + nbytes / self.bandwidth
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """Devices in priority order, as in a topology file."""
+
+    devices: tuple[DeviceModel, ...]
+
+    def device(self, name: str) -> DeviceModel:
+        """The device called `name`; KeyError if there is none."""
+        return {device.name: device for device in self.devices}[name]

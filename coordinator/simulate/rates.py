@@ -1,0 +1,173 @@
+"""Rates of published rows by the laws of their devices: one device, several, a part of the layers on the CPU, RPC."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from math import ceil
+from typing import Final
+
+from coordinator.simulate.cases import Case
+from coordinator.simulate.hardware import DeviceModel, LinkModel, Work
+from coordinator.simulate.hosts import Host, known_hosts, usual_host
+from coordinator.simulate.known import constants
+from coordinator.simulate.law import OPS_PER_LAYER, Constants, Spec, device_of
+from coordinator.simulate.network import rpc_link
+from protocol.dtypes import DType
+
+ROWS_DECODE: Final = 6e-5
+"""Seconds that splitting by rows costs each layer and further device: two joins (rows Y25 to Y27)."""
+
+Lookup = Callable[[str], Constants]
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What a prediction may look up: constants of classes, calibrated machines; and the models made from them so far."""
+
+    constants: Lookup = constants
+    hosts: Mapping[str, Host] | None = None
+    models: dict[object, DeviceModel] = field(default_factory=dict)
+
+    def host(self, case: Case) -> Host:
+        """How fast the two sides of a machine are when its layers are divided."""
+        hosts = known_hosts() if self.hosts is None else self.hosts
+        return hosts.get(case.row.hardware) or usual_host(case)
+
+
+def tokens_per_s(case: Case, ask: Ask) -> float:
+    """The predicted rate of a case."""
+    if case.mode == "offload":
+        return 1.0 / _offloaded_s(case, ask)
+    if case.test.kind == "decode":
+        return 1.0 / (_decode_s(case, ask) + case.extra_s)
+    return 1.0 / (_prompt_s(case, ask) + case.extra_s / case.test.ubatch)
+
+
+def _model(case: Case, spec: Spec, ask: Ask) -> DeviceModel:
+    """The device in the builds of that time; made once for an Ask."""
+    key = (spec.cls, spec.name, spec.watts, spec.tags, spec.k_decode, spec.k_prompt, case.row.year, case.flash)
+    if key not in ask.models:
+        ask.models[key] = device_of(spec, ask.constants(spec.cls), case.row.year, flash=case.flash)
+    return ask.models[key]
+
+
+def decode_work(case: Case, share: float) -> tuple[Work, Work]:
+    """What the mean token of a decode test asks for, of a share of the layers: the weights, and the cache."""
+    load, test = case.load, case.test
+    depth = test.depth + test.n / 2
+    weights = int(load.weights * share)
+    return (
+        Work("matvec", load.dtype, int(load.read_nbytes * share), weights, flops=2 * weights),
+        Work("attention", DType.F16, int(load.kv_nbytes * depth * share)),
+    )
+
+
+def _decode_part_s(case: Case, spec: Spec, ask: Ask, share: float) -> float:
+    device = _model(case, spec, ask)
+    busy = sum(device.busy_s(work) for work in decode_work(case, share))
+    layers = case.load.layers * share
+    moe = ask.constants(spec.cls).value("moe_us", (), case.row.year) * 1e-6 * layers if case.load.experts else 0.0
+    return busy + layers * OPS_PER_LAYER * device.launch_s + moe
+
+
+def _decode_s(case: Case, ask: Ask) -> float:
+    """Seconds per token: the parts one after another, and what lies between them."""
+    specs, split = case.specs, ask.constants("layers")
+    if case.mode == "rows":
+        part = max(_decode_part_s(case, spec, ask, 1 / len(specs)) for spec in specs)
+        return part + ROWS_DECODE * case.load.layers * (len(specs) - 1)
+    shares = _shares(specs)
+    seconds = sum(_decode_part_s(case, spec, ask, share) for spec, share in zip(specs, shares, strict=True))
+    if case.mode == "rpc":
+        return seconds + _rpc_s(case, 1)
+    return seconds + split.value("hop_us", (), case.row.year) * 1e-6 * (len(specs) - 1)
+
+
+def _shares(specs: tuple[Spec, ...]) -> tuple[float, ...]:
+    """Layers go by memory, as ggml divides them; alike where it is not known."""
+    sizes = [float(spec.memory_nbytes) for spec in specs]
+    if not all(sizes):
+        return (1.0 / len(specs),) * len(specs)
+    return tuple(size / sum(sizes) for size in sizes)
+
+
+def _rpc_s(case: Case, n_tokens: int) -> float:
+    """What the network adds to an evaluation: a fixed cost for each remote, activations, and the logits."""
+    link: LinkModel = rpc_link(case.row.link)
+    if not case.remote:
+        return 0.0
+    activations = 2.0 * case.remote * n_tokens * case.load.embd * 4
+    return case.remote * link.fixed_s_per_token + (activations + case.load.vocab * 4) / link.bandwidth
+
+
+def prompt_work(case: Case, n_tokens: int, depth: int) -> tuple[Work, Work]:
+    """What a micro-batch of `n_tokens` that begins at `depth` asks for: the weights' products, and attention."""
+    load = case.load
+    attention = int(4 * load.heads * load.layers * n_tokens * (depth + n_tokens / 2))
+    nbytes = load.read_nbytes
+    if load.experts:  # a batch meets most experts
+        nbytes *= min(8.0, 1.0 + n_tokens / 16)
+    return (
+        Work("matmat", load.dtype, int(nbytes), int(load.weights), flops=int(2 * load.weights * n_tokens),
+             rows=n_tokens),
+        Work("attention", DType.F16, int(load.kv_nbytes * depth), flops=attention, rows=max(16, n_tokens)),
+    )  # fmt: skip
+
+
+def _prompt_s(case: Case, ask: Ask) -> float:
+    """Seconds per token of a prompt; devices that hold layers in turn overlap as far as the pipeline lets them."""
+    test, specs = case.test, case.specs
+    sizes = [min(test.ubatch, test.n - start) for start in range(0, test.n, test.ubatch)]
+    starts = [test.depth + start for start in range(0, test.n, test.ubatch)]
+    shares = _shares(specs) if case.mode != "rows" else (1 / len(specs),) * len(specs)
+    parts: dict[str, tuple[Spec, float]] = {}
+    for spec, share in zip(specs, shares, strict=True):
+        parts[spec.name] = (spec, share + (parts[spec.name][1] if spec.name in parts else 0.0))
+    total = sum(
+        share * _batch_s(case, _model(case, spec, ask), ask, size, start)
+        for spec, share in parts.values()
+        for size, start in zip(sizes, starts, strict=True)
+    )
+    if case.mode == "layers":
+        total = _pipelined_s(case, ask, total, len(sizes))
+    elif case.mode == "rpc":
+        total += sum(_rpc_s(case, size) for size in sizes)
+    elif case.mode == "rows":  # every layer waits for all rows twice, pageable
+        total += len(specs) * 2 * case.load.layers * test.n * case.load.embd * 4 / 2e9
+    return total / test.n
+
+
+def _batch_s(case: Case, device: DeviceModel, ask: Ask, n_tokens: int, depth: int) -> float:
+    weights, attention = prompt_work(case, n_tokens, depth)
+    seconds = device.busy_s(attention) + case.load.layers * OPS_PER_LAYER * device.launch_s
+    slow = ask.constants("layers").value("moe_prompt", (), case.row.year) if case.load.experts else 1.0
+    return seconds + device.busy_s(replace(weights, flops=int(weights.flops * slow)))
+
+
+def _pipelined_s(case: Case, ask: Ask, total: float, n_batches: int) -> float:
+    """Micro-batches follow each other through the devices.
+
+    Of the ideal pipeline only a part is reached, less the more layers a device has: with many kernels to a
+    micro-batch the one host thread has no time to feed the next device.
+    """
+    n, law, year = len(case.specs), ask.constants("layers"), case.row.year
+    per_device = case.load.layers / n
+    overlap = law.value("overlap", (), year) / (1 + (per_device / law.value("overlap_layers", (), year)) ** 4)
+    ideal = n_batches * n / (n_batches + n - 1)
+    tokens = min(case.test.n, case.test.ubatch)
+    hop = law.value("hop_us", (), year) * 1e-6 + tokens * case.load.embd * 4 / (law.value("hop_gbs", (), year) * 1e9)
+    return total * (1 - overlap + overlap / ideal) + hop * (n - 1) * ceil(n_batches / n)
+
+
+def _offloaded_s(case: Case, ask: Ask) -> float:
+    """Seconds per token with the layers divided between a GPU and the host's CPU.
+
+    Decode goes linearly in the layers; a prompt's products all run on the GPU, which the others' weights are sent to.
+    """
+    host, load, test = ask.host(case), case.load, case.test
+    if test.kind == "decode":
+        return load.read_nbytes * (case.share / host.gpu_bandwidth + (1 - case.share) / host.cpu_bandwidth)
+    batch = min(test.n, test.ubatch)
+    sent = load.read_nbytes * (8.0 if load.experts else 1.0) * (1 - case.share) / host.stream_bandwidth
+    return 2 * load.weights / host.gpu_rate + sent / batch

@@ -1,0 +1,153 @@
+"""Strong and weak scaling in virtual time: pipelines of a few devices, and as many of them as there are workers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from coordinator.model.presets import Blueprint
+from coordinator.simulate.engine import simulate
+from coordinator.simulate.fabric import Fabric, Route
+from coordinator.simulate.machine import Machine
+from coordinator.simulate.series import Load, Options, Series, make_series
+from coordinator.simulate.timed import Timed
+from coordinator.simulate.timeline import Timeline
+from protocol.errors import UsageError
+
+MODES = ("strong", "weak")
+"""The same requests for all numbers of workers, or as many for each worker."""
+
+MAX_STAGES = 4
+"""Accelerators of one pipeline where nothing else is said; more of them become further pipelines."""
+
+MAX_SCALE = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class ScalePoint:
+    """Rates with `workers` accelerators in `pipelines`: tokens after the prompt and tokens of prompts per second, seconds
+    until all is done, speed-up over the first point and its share per worker, mean share of the time that accelerators
+    and the host compute, the busiest link, and what the simulation itself took (events, seconds)."""
+
+    workers: int
+    pipelines: int
+    requests: int
+    tokens_per_s: float
+    prompt_per_s: float
+    end_s: float
+    speedup: float
+    efficiency: float
+    busy: float
+    host_busy: float
+    link: str
+    link_busy: float
+    n_events: int
+    wall_s: float
+
+
+MachineOf = Callable[[int], Machine]
+"""The machine of one pipeline with so many accelerators."""
+
+
+def scaling(
+    blueprint: Blueprint,
+    machine_of: MachineOf,
+    options: Options,
+    load: Load,
+    workers: Sequence[int],
+    *,
+    mode: str = "strong",
+    stages: int = MAX_STAGES,
+    seed: int = 0,
+) -> list[ScalePoint]:
+    """A point for each number of accelerators, in order.
+
+    Up to `stages` of them are one pipeline; more are further pipelines with copies of the model, beside the same host,
+    whose segments (a network card) all of them share. `load.n_requests` are under way in all (strong) or for each
+    worker (weak). Raises UsageError for numbers that cannot be meant.
+    """
+    if mode not in MODES:
+        raise UsageError(f"scaling: mode {mode!r}: expected {' or '.join(MODES)}")
+    points: list[ScalePoint] = []
+    made: dict[int, Series] = {}
+    for n in workers:
+        depth = min(n, stages)
+        if not 1 <= n <= MAX_SCALE or (n > depth and n % depth):
+            raise UsageError(f"scaling: {n} workers: expected 1 to {MAX_SCALE}, from {stages} on a multiple of it")
+        if depth not in made:
+            made[depth] = make_series(blueprint, machine_of(depth), options, replace(load, n_requests=1))
+        requests = load.n_requests * (n if mode == "weak" else 1)
+        points.append(_point(made[depth], n, requests, seed, points[0] if points else None))
+    return points
+
+
+def _point(series: Series, n: int, requests: int, seed: int, first: ScalePoint | None) -> ScalePoint:
+    pipelines = n // (len(series.machine.models) - 1)
+    start = time.perf_counter()
+    timeline = run_pipelines(series, pipelines, requests, seed=seed)
+    wall = time.perf_counter() - start
+    load, end = series.load, timeline.end_s
+    made = load.n_predict * load.batch * requests
+    rates = {tag: timeline.span(tag) for tag in ("prompt", "token")}
+    busy = [totals.busy_s / end for totals in timeline.workers]
+    share, route = max((seconds / end, -k) for k, seconds in enumerate([*timeline.route_busy_s, 0.0]))
+    point = ScalePoint(
+        workers=n, pipelines=pipelines, requests=requests,
+        tokens_per_s=made / rates["token"] if rates["token"] else 0.0,
+        prompt_per_s=load.n_prompt * load.batch * requests / rates["prompt"] if rates["prompt"] else 0.0,
+        end_s=end, speedup=1.0, efficiency=1.0, busy=sum(busy[:-1]) / n, host_busy=busy[-1],
+        link=timeline.fabric.routes[-route].name if share else "", link_busy=share,
+        n_events=timeline.n_events, wall_s=wall,
+    )  # fmt: skip
+    if first is None:
+        return point
+    speedup = (requests / end) / (first.requests / first.end_s)
+    return replace(point, speedup=speedup, efficiency=speedup * first.workers / n)
+
+
+def run_pipelines(series: Series, pipelines: int, requests: int, *, seed: int = 0, check: bool = False) -> Timeline:
+    """Simulate `requests`, dealt out in turn to `pipelines` copies of the series' machine around one host."""
+    machine = series.machine
+    stages, n_programs = len(machine.models) - 1, len(series.programs)
+    fabric = _fabric(machine.fabric, stages, pipelines)
+    programs = [_copy(timed, stages, p, pipelines, machine.fabric) for p in range(pipelines) for timed in series.programs]
+    jobs = [
+        tuple(job._replace(program=job.program + p * n_programs) for job in series.jobs) for p in range(pipelines)
+    ]  # fmt: skip
+    is_async = [model.async_copies for model in machine.models[:-1]] * pipelines + [machine.models[-1].async_copies]
+    return simulate(
+        is_async, fabric, programs, (jobs[k % pipelines] for k in range(requests)), seed=seed, check=check
+    )  # fmt: skip
+
+
+def _worker(worker: int, stages: int, pipeline: int, pipelines: int) -> int:
+    """A pipeline's worker among all: the host, its last, is everybody's last."""
+    return worker + pipeline * stages if worker < stages else stages * pipelines
+
+
+def _fabric(fabric: Fabric, stages: int, pipelines: int) -> Fabric:
+    """Routes of every pipeline; media that have a segment's name are everybody's."""
+    routes: list[Route] = []
+    index = {}
+    for p in range(pipelines):
+        for (a, b), number in fabric.index.items():
+            route = fabric.routes[number]
+            index[_worker(a, stages, p, pipelines), _worker(b, stages, p, pipelines)] = p * len(fabric.routes) + number
+        routes += [replace(route, name=f"{route.name} ({p})") if pipelines > 1 else route for route in fabric.routes]
+    return Fabric(tuple(routes), index, fabric.capacity, fabric.media)
+
+
+def _copy(timed: Timed, stages: int, pipeline: int, pipelines: int, fabric: Fabric) -> Timed:
+    workers: list[tuple[object, ...]] = [()] * (stages * pipelines + 1)
+    for worker, acts in enumerate(timed.workers):
+        workers[_worker(worker, stages, pipeline, pipelines)] = acts
+    hops = tuple(
+        hop._replace(
+            source=_worker(hop.source, stages, pipeline, pipelines),
+            target=_worker(hop.target, stages, pipeline, pipelines) if hop.target >= 0 else -1,
+            route=hop.route + pipeline * len(fabric.routes),
+        )
+        for hop in timed.hops
+    )
+    return timed._replace(workers=tuple(workers), hops=hops)  # type: ignore[arg-type]
