@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.measure import Row, document, environment
 from protocol.errors import CrossdockError, UsageError
 
-NAMES = ("ops", "vision", "model", "rpc", "own", "hop", "start", "memory", "overhead", "plan")
+NAMES = ("ops", "vision", "model", "rpc", "own", "hop", "start", "memory", "overhead", "plan", "ownership")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +49,10 @@ def rows_of(name: str, wishes: Wishes) -> Iterable[Row]:
         from benchmarks import plan
 
         return plan.rows(wishes.quick)
+    if name == "ownership":
+        from benchmarks import ownership
+
+        return ownership.rows(wishes.quick)
     if name in ("model", "rpc", "own"):
         return _whole(name, wishes)
     from benchmarks import process

@@ -25,6 +25,7 @@ class Row:
     """One line of the table. `ratio` is the peer's time over ours: above 1 ours is faster.
 
     `low` and `high` are the quartiles of the ratios of neighbouring samples; `ours` and `peer` medians in `unit`.
+    `cpu_ratio` compares the processor time of all processes instead: what neighbours take is not in it, nor is waiting.
     """
 
     bench: str
@@ -39,12 +40,15 @@ class Row:
     samples: int = 0
     note: str = ""
     others: dict[str, float] = field(default_factory=dict)
+    cpu_ratio: float | None = None
 
     def line(self) -> str:
         """The row as people read it."""
         text = f"{self.name:58} {_number(self.ours):>9} {self.unit}"
         if self.peer is not None and self.ratio is not None and self.low is not None and self.high is not None:
             text += f"  {self.peer_name} {_number(self.peer)}  ratio {self.ratio:.2f} ({self.low:.2f}-{self.high:.2f})"
+        if self.cpu_ratio is not None:
+            text += f"  of CPU time {self.cpu_ratio:.2f}"
         others = ", ".join(f"{name} {_number(value)}" for name, value in self.others.items())
         return text + (f"  [{others}]" if others else "") + (f"  {self.note}" if self.note else "")
 
@@ -53,18 +57,23 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def call_timer(work: Callable[[], Any], least_s: float = LEAST_S) -> Timed:
-    """Seconds per call of `work`, over as many calls as `least_s` holds; the first calls only warm up and count."""
+def call_timer(work: Callable[[], Any], threads: int = 0, least_s: float = LEAST_S) -> Timed:
+    """Seconds per call of `work`, over as many calls as `least_s` holds; the first calls only warm up and count.
+
+    What runs on the calling thread alone (`threads` 1) is timed by that thread's processor time: what neighbours take
+    of the machine is left out. Everything else by the wall.
+    """
+    clock = time.thread_time if threads == 1 else time.perf_counter
     work()
-    start = time.perf_counter()
+    start = clock()
     work()
-    calls = max(1, min(10_000, int(least_s / max(time.perf_counter() - start, 1e-7))))
+    calls = max(1, min(10_000, int(least_s / max(clock() - start, 1e-7))))
 
     def timed() -> float:
-        begin = time.perf_counter()
+        begin = clock()
         for _ in range(calls):
             work()
-        return (time.perf_counter() - begin) / calls
+        return (clock() - begin) / calls
 
     return timed
 

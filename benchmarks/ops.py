@@ -184,7 +184,7 @@ def measure(case: Case, threads: int, folder: str, rounds: int, budget_s: float 
         repacked.close()
     try:
         check_close(case.graph, memory, ours, theirs, case.tolerance)
-        rivals = {"ours": call_timer(ours.run)} | {name: call_timer(peer.run) for name, peer in theirs.items()}
+        rivals = {name: call_timer(rival.run, threads) for name, rival in ({"ours": ours} | theirs).items()}
         samples = interleave(rivals, rounds, budget_s)
     finally:
         ours.close()

@@ -37,6 +37,12 @@ def tokens(n: int, n_vocab: int, seed: int = 0) -> list[int]:
     return [draw.randrange(n_vocab) for _ in range(n)]
 
 
+def cpu_s(pids: Sequence[int]) -> float:
+    """Processor time of all threads of these processes so far, in seconds."""
+    tasks = (task for pid in pids for task in Path(f"/proc/{pid}/task").glob("*/schedstat"))
+    return sum(int(task.read_text().split()[0]) for task in tasks) / 1e9
+
+
 class Ours:
     """A session of crossdock on workers of its own."""
 
@@ -51,6 +57,7 @@ class Ours:
         self.fleet.handshake()
         self.session.open(self.fleet)
         self.n_vocab = params.text.n_vocab
+        self.pids = [os.getpid(), *(process.pid for process in self.fleet.processes)]
         self.last: NDArray[np.float32] = np.empty(0, np.float32)
 
     def __enter__(self) -> Ours:
@@ -88,6 +95,7 @@ class Peer:
         self.python = python or sys.executable
         # libgomp's threads would otherwise spin on processors that everybody shares
         self.environment = os.environ | {"OMP_WAIT_POLICY": "passive", "PYTHONPATH": str(ROOT)}
+        self.pids: list[int] = []
         self._stack = ExitStack()
         try:
             endpoints = [self._stack.enter_context(self._server(threads)) for _ in range(servers)]
@@ -124,6 +132,7 @@ class Peer:
             command, stdin=stdin, stdout=subprocess.PIPE if stdin == subprocess.PIPE else subprocess.DEVNULL,
             stderr=subprocess.DEVNULL if stdin != subprocess.PIPE else None, env=self.environment, cwd=ROOT,
         )  # fmt: skip
+        self.pids.append(process.pid)
         try:
             yield process
         finally:

@@ -99,7 +99,7 @@ def race(
     check_close(graph, memory, ours, theirs, TOLERANCE)
     if unfused is not None:
         theirs["unfused"] = Ggml(unfused, memory_of(unfused, given), 1, folder=folder)
-    rivals = {"ours": call_timer(ours.run)} | {key: call_timer(peer.run) for key, peer in theirs.items()}
+    rivals = {key: call_timer(rival.run, 1) for key, rival in ({"ours": ours} | theirs).items()}
     samples = interleave(rivals, rounds, 120.0)
     ours.close()
     for peer in theirs.values():

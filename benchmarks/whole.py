@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from benchmarks import models
-from benchmarks.measure import Row, compare, interleave
-from benchmarks.rivals import Ours, Peer, agreement, tokens
+from benchmarks.measure import Row, Timed, compare, interleave
+from benchmarks.rivals import Ours, Peer, agreement, cpu_s, tokens
 
 N_CTX = 1024
 CHUNK, DEPTH = 8, 128
@@ -59,21 +60,46 @@ def prompting(rival: Rival, n_vocab: int, n: int) -> Callable[[], float]:
     return timed
 
 
-def race(
-    bench: str, label: str, rivals: dict[str, Rival], n_vocab: int, settings: Settings, note: str
-) -> Iterator[Row]:
+def race(bench: str, label: str, rivals: dict[str, Rival], n_vocab: int, settings: Settings) -> Iterator[Row]:
     """Decode and the prompts, rivals in turn."""
-    warm = {name: decoding(rival, n_vocab) for name, rival in rivals.items()}
-    interleave(warm, 3)
-    samples = interleave(
-        {name: decoding(rival, n_vocab) for name, rival in rivals.items()}, settings.rounds, settings.budget_s
+    yield _compared(
+        bench, f"{label} decode", rivals, lambda rival: decoding(rival, n_vocab), settings.rounds, settings.budget_s, 1
     )
-    yield compare(bench, f"{label} decode", samples, "t/s", lambda s: 1 / s, note)
     for n in settings.prompts:
-        timers = {name: prompting(rival, n_vocab, n) for name, rival in rivals.items()}
-        interleave(timers, 1)
-        samples = interleave(timers, settings.prompt_rounds, settings.budget_s)
-        yield compare(bench, f"{label} prompt {n}", samples, "t/s", lambda s, n=n: n / s, note)  # type: ignore[misc]
+        yield _compared(
+            bench, f"{label} prompt {n}", rivals, lambda rival, n=n: prompting(rival, n_vocab, n),  # type: ignore[misc]
+            settings.prompt_rounds, settings.budget_s, n,
+        )  # fmt: skip
+
+
+def _compared(
+    bench: str,
+    name: str,
+    rivals: dict[str, Rival],
+    timer: Callable[[Rival], Timed],
+    rounds: int,
+    budget_s: float,
+    n: int,
+) -> Row:
+    """Tokens per second of each, `n` per sample; and the ratio of the processor time that it took."""
+    timers = {key: timer(rival) for key, rival in rivals.items()}
+    for timed in timers.values():
+        timed()
+    cpu: dict[str, list[float]] = {key: [] for key in rivals}
+    counted = {key: _counted(rivals[key], timed, cpu[key]) for key, timed in timers.items()}
+    row = compare(bench, name, interleave(counted, rounds, budget_s), "t/s", lambda s: n / s)
+    ratios = [b / a for a, b in zip(cpu["ours"], cpu[row.peer_name], strict=True)]
+    return replace(row, cpu_ratio=statistics.median(ratios))
+
+
+def _counted(rival: Rival, timed: Timed, cpu: list[float]) -> Timed:
+    def run() -> float:
+        before = cpu_s(rival.pids)
+        seconds = timed()
+        cpu.append(cpu_s(rival.pids) - before)
+        return seconds
+
+    return run
 
 
 def single(names: tuple[str, ...], threads: tuple[int, ...], settings: Settings) -> Iterator[Row]:
@@ -88,7 +114,7 @@ def single(names: tuple[str, ...], threads: tuple[int, ...], settings: Settings)
                 same = agreement(ours, peer, tokens(32, ours.n_vocab, 7))
                 assert same > LEAST_AGREEMENT, f"{name}: logits agree to {same:.3f} only"
                 label = f"{name}, {count} thread{'s' if count > 1 else ''},"
-                yield from race("model", label, {"ours": ours, "llama.cpp": peer}, ours.n_vocab, settings, "")
+                yield from race("model", label, {"ours": ours, "llama.cpp": peer}, ours.n_vocab, settings)
 
 
 def spread(names: tuple[str, ...], settings: Settings) -> Iterator[Row]:
@@ -105,7 +131,7 @@ def spread(names: tuple[str, ...], settings: Settings) -> Iterator[Row]:
                     Peer(file, 1, N_CTX, python=settings.python, servers=others, n_gpu_layers=layers) as peer,
                 ):
                     label = f"{name}, {1 + others} processes, {share} layers away,"
-                    yield from race("rpc", label, {"ours": ours, "llama.cpp RPC": peer}, n_vocab, settings, "")
+                    yield from race("rpc", label, {"ours": ours, "llama.cpp RPC": peer}, n_vocab, settings)
 
 
 def own(names: tuple[str, ...], settings: Settings) -> Iterator[Row]:
@@ -116,7 +142,7 @@ def own(names: tuple[str, ...], settings: Settings) -> Iterator[Row]:
             layers = alone.session.params.text.n_layer // 2
             with Ours(file, "cpu:1,accel:1", 1, layers, N_CTX) as ours:
                 rivals: dict[str, Rival] = {"ours": ours, "one worker": alone}
-                timers = {k: decoding(rival, alone.n_vocab) for k, rival in rivals.items()}
-                interleave(timers, 3)
-                samples = interleave(timers, 2 * settings.rounds, settings.budget_s)
-                yield compare("own", f"{name}, 2 workers, half layers away, decode", samples, "t/s", lambda s: 1 / s)
+                name = f"{name}, 2 workers, half layers away, decode"
+                yield _compared(
+                    "own", name, rivals, lambda r: decoding(r, alone.n_vocab), 2 * settings.rounds, settings.budget_s, 1
+                )

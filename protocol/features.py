@@ -12,7 +12,10 @@ from protocol.errors import UsageError
 
 VARIABLE = "CROSSDOCK_DISABLE"
 
-SWITCHES = ("memfd", "futex", "sharedmem", "avx2", "fma", "f16c")
+CPU_SWITCHES = ("avx2", "fma", "f16c", "vnni")
+"""Of the CPU: see workers.kernels.features."""
+
+SWITCHES = ("memfd", "futex", "sharedmem", "fork", "image", *CPU_SWITCHES)
 """Everything that can be switched off; each has a portable twin."""
 
 
@@ -35,6 +38,7 @@ def has(feature: str) -> bool:
 
     memfd: anonymous shared files. futex: sleeping on a word of shared memory. sharedmem: processes of one host may
     exchange tensors through shared memory at all; it needs x86-64's store order, since a plain store publishes.
+    fork: workers are born of one process that has loaded everything. image: kernels' machine code from one file.
     """
     if feature in disabled():
         return False
@@ -43,5 +47,7 @@ def has(feature: str) -> bool:
     return {
         "memfd": linux and hasattr(os, "memfd_create") and os.path.isdir("/proc/self/fd"),
         "futex": linux and x86,
+        "fork": linux,
+        "image": linux and x86,
         "sharedmem": x86 and os.name == "posix",
     }.get(feature, False)

@@ -179,7 +179,8 @@ class Step:
 
 @_message("done")
 class Done:
-    """The step is through. Buffers: one per output port. Times in nanoseconds; digests are SHA-256 in hex."""
+    """The step is through. Buffers: one per output port, and one more with the bytes of all TAPs in program order where
+    the program has any. Times in nanoseconds; digests are SHA-256 in hex."""
 
     program: int
     step: int

@@ -69,6 +69,7 @@ class Kind(IntEnum):
     SEND = 2  # publish (arena, offset, nbytes) to `peer` as `transfer`
     RECV = 3  # take `transfer` from `peer`'s (src_arena, src_offset) into (arena, offset), acknowledge
     WAIT = 4  # until `peer` has acknowledged `transfer`
+    TAP = 5  # the reply gets (arena, offset, nbytes) as they are now; nothing is moved, marked or checked
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +77,7 @@ class Instruction:
     """One instruction; which fields mean something depends on `kind`."""
 
     kind: Kind
-    first: int = 0  # RUN: first op. COPY: the tensor's number in the graph, for people. Others: the transfer
+    first: int = 0  # RUN: first op. COPY, TAP: the tensor's number in the graph, for people. Others: the transfer
     last: int = 0  # RUN: behind the last op. Others: the peer's index
     split: int = 0
     arena: int = NOWHERE
@@ -188,7 +189,7 @@ def unpack_instructions(table: Table, n_ops: int, n_workers: int, n_transfers: i
         if kind is Kind.RUN:
             valid = 0 <= first <= last <= n_ops
         else:
-            valid = kind is Kind.COPY or (0 <= first < n_transfers and 0 <= last < n_workers)
+            valid = kind in (Kind.COPY, Kind.TAP) or (0 <= first < n_transfers and 0 <= last < n_workers)
         if not valid:
             raise ProtocolError(f"instruction {i} ({kind.name}): {first}, {last} out of range")
         result.append(Instruction(kind, first, last, head >> 8, arena, offset, nbytes, (src_arena, src_offset)))

@@ -65,6 +65,7 @@ def check_table(table: Table, sizes: dict[int, int], n_groups: int, peers: dict[
         if not (0 <= kind <= Kind.TAKE and before <= group < n_groups and 0 <= value < 1 << STEP_SHIFT):
             raise ProtocolError(f"expectation {i}: kind {kind}, group {group} or value {value} out of range")
         size = peers.get((peer, arena)) if kind == Kind.READ_PEER else sizes.get(arena)
-        if size is None or not 0 <= first <= last <= -(-size // GRANULE):
+        least = first + (kind == Kind.TAKE)  # which looks at a tag
+        if size is None or not 0 <= first <= least <= last <= -(-size // GRANULE):
             raise ProtocolError(f"expectation {i}: granules [{first}, {last}) of arena {arena}, which has {size} bytes")
         before = group

@@ -24,6 +24,7 @@ class Arenas:
         self.segments: dict[int, sharedmem.Segment] = {}
         self.shadows: dict[int, sharedmem.Segment] = {}
         self.read_only: set[int] = set()
+        self.loaded: set[int] = set()  # hold weights: programs must not write to them
 
     @property
     def sizes(self) -> dict[int, int]:
@@ -86,6 +87,7 @@ class Arenas:
             check_range(self.sizes, arena, target, nbytes, "weights in the arena")
             if not self.virtual:
                 sharedmem.copy(self.address(arena) + target, self.address(file_arena) + source, nbytes)
+        self.loaded.add(arena)
         return int(pieces[:, 2].sum())
 
     def read(self, arena: int, offset: int, nbytes: int) -> bytes:
@@ -109,6 +111,7 @@ class Arenas:
         if segment is None:
             raise ProtocolError(f"release: unknown arena {arena}")
         self.read_only.discard(arena)
+        self.loaded.discard(arena)
         segment.close()
         if arena in self.shadows:
             self.shadows.pop(arena).close()

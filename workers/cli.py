@@ -13,6 +13,7 @@ from protocol.errors import CrossdockError, Exit, ProtocolError
 from protocol.rundir import remove_run_directory
 from workers import config
 from workers.loop import serve
+from workers.prepare import load_kernels
 
 
 def main() -> None:
@@ -43,6 +44,8 @@ def _serve(directory: str) -> Exit:
     settings = config.parse(line)
     _check_protocol()
     _watch_stdin(settings.run_directory)
+    if settings.kind != "null" and "numba" not in sys.modules:
+        load_kernels(settings.arithmetic)
     serve(settings)
     return Exit.OK
 

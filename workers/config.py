@@ -32,6 +32,28 @@ class WorkerConfig:
     token: str
 
 
+@dataclass(frozen=True, slots=True)
+class Birth:
+    """A worker to be born: descriptors of its stdin, with its configuration, and of its log."""
+
+    name: str
+    stdin: int
+    log: int
+
+
+@dataclass(frozen=True, slots=True)
+class Births:
+    """What the nursery is told: `parent` is the coordinator's process, `report` a descriptor to write lines to.
+
+    `arithmetic`: which kernels to load, "" for none.
+    """
+
+    parent: int
+    report: int
+    arithmetic: str
+    workers: tuple[Birth, ...]
+
+
 _MAX_LINE_NBYTES = 1 << 20
 _WHO = "a worker is started by the coordinator, with its configuration on stdin"
 

@@ -17,7 +17,7 @@ class KernelEngine:
     def __init__(self, threads: int, arithmetic: str = EXACT) -> None:
         self.executor, self.arithmetic = Executor(threads), arithmetic
 
-    def build(self, ops: Sequence[OpRecord], arenas: Arenas, *, overlaps: bool) -> Table:
+    def build(self, ops: Sequence[OpRecord], arenas: Arenas, *, overlaps: bool = False) -> Table:
         """The executor's table. Raises CapacityError where no kernel fits, or the CPU lacks the arithmetic."""
         resolved = [_resolve(op, arenas) for op in ops]
         return build_table(resolved, self.executor.threads, self.arithmetic, overlaps=overlaps)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from protocol.errors import PlanError, WorkerError
 from protocol.features import disabled
 from protocol.ops import VIEW_OPS, Op
+from workers.barriers import Step, plan_flags
 from workers.kernels import row, shapes, table, team
 from workers.kernels.stage import Operand
 
@@ -82,6 +83,7 @@ def build_table(
     """
     table.check_arithmetic(arithmetic)
     lines: list[NDArray[np.int64]] = []
+    steps: list[Step] = []
     starts = [0]
     work_nbytes = 0
     for number, op in enumerate(ops):
@@ -91,15 +93,16 @@ def build_table(
             for stage in table.select(op.op, op.dst[1], sources, op.params, threads, arithmetic):
                 line = _operand_words(op)
                 line[row.KERNEL] = stage.kernel.address()
-                line[row.FLAGS] = row.BARRIER if stage.barrier else 0
                 line[row.WORK_NBYTES] = stage.work_nbytes
                 line[row.AUX : row.AUX + len(stage.aux)] = stage.aux
                 work_nbytes = max(work_nbytes, stage.work_nbytes)
                 lines.append(line)
+                steps.append(Step(stage, op.op, op.dst, op.src))
         starts.append(len(lines))
     rows = np.stack(lines) if lines else np.zeros((0, row.WORDS), np.int64)
     work = np.zeros(work_nbytes + _ALIGNMENT, np.uint8)
-    rows[:, row.WORK] = -(-work.ctypes.data // _ALIGNMENT) * _ALIGNMENT
+    rows[:, row.WORK] = scratch = -(-work.ctypes.data // _ALIGNMENT) * _ALIGNMENT
+    rows[:, row.FLAGS] = [flags | earlier << row.EARLIER for flags, earlier in plan_flags(steps, scratch, threads)]
     return Table(rows, tuple(starts), work, threads, int(rows.ctypes.data))
 
 
@@ -154,7 +157,7 @@ class Executor:
             for i, bell in enumerate(self._bells)
         ]
         if self._helpers:
-            team.prepare()
+            team.help_out.address(), team.help_once.address()  # one thread compiles, if anybody has to
         for helper in self._helpers:
             helper.start()
 

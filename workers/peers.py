@@ -166,6 +166,8 @@ class MessagePlane:
         if len(body) != item.nbytes:
             raise ProtocolError(f"transfer {item.transfer}: expected {item.nbytes} bytes, got {len(body)}")
         _view(base + item.offset, item.nbytes)[:] = body.buffer
+        if check is not None:
+            check()
 
     def wait(self, step: int, item: Instruction) -> None:
         """Sent bytes were copied: nothing to wait for."""

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from protocol.board import Board, State
 from protocol.errors import CapacityError, ProtocolError
+from protocol.limits import MAX_BUFFER_NBYTES
 from protocol.messages import Done, Port, ProgramMessage
 from protocol.ops import Op
 from protocol.program import (
@@ -36,7 +37,7 @@ from workers.shadow import Expectations, Shadows
 class Engine(Protocol):
     """Computes operations: built into something runnable once, run in pieces."""
 
-    def build(self, ops: Sequence[OpRecord], arenas: Arenas, *, overlaps: bool) -> Any:
+    def build(self, ops: Sequence[OpRecord], arenas: Arenas, *, overlaps: bool = False) -> Any:
         """Bind checked operations to addresses. Raises CapacityError for an op without a kernel."""
 
     def run(self, built: Any, first: int, last: int) -> None:
@@ -49,7 +50,7 @@ class Engine(Protocol):
 class NullEngine:
     """Computes nothing."""
 
-    def build(self, ops: Sequence[OpRecord], arenas: Arenas, *, overlaps: bool) -> None:
+    def build(self, ops: Sequence[OpRecord], arenas: Arenas, *, overlaps: bool = False) -> None:
         """Nothing to bind."""
 
     def run(self, built: None, first: int, last: int) -> None:
@@ -101,11 +102,15 @@ def compile_program(
     for op in ops:
         if op.op in unsupported:
             raise CapacityError(f"program {message.name!r}: this worker does not support {op.op.name}")
-        if op.dst.arena in arenas.read_only:
-            raise ProtocolError(f"program {message.name!r}: {op.op.name} would write into a mapped file")
+        if op.dst.arena in arenas.read_only | arenas.loaded:
+            what = "a mapped file" if op.dst.arena in arenas.read_only else "weights"
+            raise ProtocolError(f"program {message.name!r}: {op.op.name} would write into {what}")
     plane.open(message.peer_arenas)
     for item in instructions:
         _check_instruction(item, arenas, plane)
+    tapped = sum(item.nbytes for item in instructions if item.kind is Kind.TAP)
+    if tapped > MAX_BUFFER_NBYTES:
+        raise CapacityError(f"program {message.name!r}: {tapped} bytes of taps, at most {MAX_BUFFER_NBYTES}")
     for port in (*message.inputs, *message.outputs, *message.digests):
         check_range(sizes, port.arena, port.offset, port.nbytes, f"port {port.name!r}")
     used = {operand.arena for op in ops for operand in (op.dst, *op.src) if operand is not None}
@@ -121,10 +126,11 @@ def compile_program(
 
 
 def _check_instruction(item: Instruction, arenas: Arenas, plane: Plane) -> None:
-    if item.kind in (Kind.COPY, Kind.SEND, Kind.RECV):
+    if item.kind in (Kind.COPY, Kind.SEND, Kind.RECV, Kind.TAP):
         check_range(arenas.sizes, item.arena, item.offset, item.nbytes, item.kind.name)
-    if item.kind in (Kind.COPY, Kind.RECV) and item.arena in arenas.read_only:
-        raise ProtocolError(f"{item.kind.name} would write into a mapped file")
+    if item.kind in (Kind.COPY, Kind.RECV) and item.arena in arenas.read_only | arenas.loaded:
+        what = "a mapped file" if item.arena in arenas.read_only else "weights"
+        raise ProtocolError(f"{item.kind.name} would write into {what}")
     if item.kind is Kind.COPY:
         check_range(arenas.sizes, item.src[0], item.src[1], item.nbytes, item.kind.name)
     if item.kind is Kind.RECV:
@@ -141,8 +147,8 @@ class Runner:
         self.index, self.arenas, self.plane, self.board, self.engine = index, arenas, plane, board, engine
         self.shadows: Shadows | None = None
 
-    def run(self, program: Compiled, step: int, inputs: Sequence[memoryview]) -> tuple[Done, list[bytes]]:
-        """One evaluation: inputs in, instructions in order, outputs and digests out.
+    def run(self, program: Compiled, step: int, inputs: Sequence[memoryview]) -> tuple[Done, list[bytes | bytearray]]:
+        """One evaluation: inputs in, instructions in order, outputs, taps and digests out.
 
         Raises ProtocolError when the inputs are not those of the program's ports, in strict ownership Violation.
         """
@@ -150,6 +156,7 @@ class Runner:
         self._set_inputs(program.message.inputs, inputs)
         check = self._checker(program, step, inputs)
         compute = wait = copying = received = 0
+        tapped = bytearray()
         for number, item in enumerate(program.instructions):
             state = State.WAITING if item.kind in _WAITS else State.BUSY
             self.board.show(self.index, step, number, item.split, state)
@@ -170,13 +177,20 @@ class Runner:
             elif item.kind is Kind.WAIT:
                 self.plane.wait(step, item)
                 wait += time.perf_counter_ns() - before
+            elif item.kind is Kind.TAP:
+                tapped += self.arenas.read(item.arena, item.offset, item.nbytes)
+                copying += time.perf_counter_ns() - before
             elif not self.arenas.virtual:
                 target, source = self.arenas.address(item.arena), self.arenas.address(item.src[0])
                 copy(target + item.offset, source + item.src[1], item.nbytes)
                 copying += time.perf_counter_ns() - before
         if check is not None:
             check(len(program.instructions))
-        outputs = [self.arenas.read(port.arena, port.offset, port.nbytes) for port in program.message.outputs]
+        outputs: list[bytes | bytearray] = [
+            self.arenas.read(port.arena, port.offset, port.nbytes) for port in program.message.outputs
+        ]
+        if tapped:
+            outputs.append(tapped)
         digests = tuple(self._digest(port) for port in program.message.digests)
         self.board.rest(self.index)
         total = time.perf_counter_ns() - start

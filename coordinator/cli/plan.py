@@ -12,10 +12,12 @@ from coordinator.cli import options
 from coordinator.cli.plan_arguments import add_plan, device_fields
 from coordinator.config import parse_size
 from coordinator.model.presets import Blueprint, open_blueprint
+from coordinator.ownership.leases import check_plan_leases
 from coordinator.report import plan as report
 from coordinator.report.plan_draw import draw_dot, draw_mermaid
 from coordinator.report.plan_json import diff_document, dump_stage, fit_document, outline_document, planned_result
 from coordinator.schedule.check import check_plan
+from coordinator.schedule.devices import buft_name
 from coordinator.schedule.diff import diff
 from coordinator.schedule.document import load_document
 from coordinator.schedule.fit import fit
@@ -238,11 +240,20 @@ def _plan_document(chosen: argparse.Namespace) -> int:
 
 
 def _check(chosen: argparse.Namespace, *outlines: Outline) -> None:
-    """With --check: prove each plan another way. Raises PlanError."""
-    if chosen.check:
-        for graph in (graph for outline in outlines for graph in outline.graphs):
+    """With --check: prove each plan another way, and a model's programs too. Raises PlanError."""
+    for outline in outlines if chosen.check else ():
+        for graph in outline.graphs:
             if graph.plan is not None:
                 check_plan(graph.plan)
+                if _runs_on_workers(outline):
+                    check_plan_leases(graph.plan)
+
+
+def _runs_on_workers(outline: Outline) -> bool:
+    """True for a model on devices of which each has memory of its own, and is one worker."""
+    bufts = {buft_name(device) for device in outline.devices}
+    apart = len(bufts) == len(outline.devices) and not any(device.extra_bufts for device in outline.devices)
+    return apart and not outline.parallel and outline.placement is not None
 
 
 def _read(file: str) -> bytes:

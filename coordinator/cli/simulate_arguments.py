@@ -29,13 +29,13 @@ def add_machine(group: argparse._ArgumentGroup) -> None:
     """What the model is to run on."""
     group.add_argument("--system", metavar="TOML", help="devices in priority order, the host's CPU last")
     group.add_argument("--network", default="pcie4x16", metavar="TOML|LINK",
-                       help="links between them, or one kind of link for all, such as 10gbe (default: %(default)s)")  # fmt: skip
+                       help="links between them, or one kind of link for all (default: %(default)s)")  # fmt: skip
     group.add_argument("--parallel", action="store_true", help="4 copies of every input: micro-batches overlap")
     group.add_argument("--op-offload", action=argparse.BooleanOptionalAction, default=True,
                        help="devices may take ops whose weights lie in host memory")  # fmt: skip
     group.add_argument("--share-scheduler", action=argparse.BooleanOptionalAction, default=True,
                        help="vision and language graphs on one scheduler")  # fmt: skip
-    group.add_argument("--seed", type=at_least(0), default=0, metavar="S", help="of the links' jitter")
+    group.add_argument("--seed", type=at_least(0), default=0, metavar="S", help="of the links' jitter, and of --splits")
 
 
 def add_request(group: argparse._ArgumentGroup) -> None:
@@ -62,6 +62,7 @@ def add_questions(group: argparse._ArgumentGroup) -> None:
                        "total")  # fmt: skip
     group.add_argument("--trace", metavar="FILE", help="write a trace for ui.perfetto.dev or chrome://tracing")
     group.add_argument("--check", action="store_true", help="check conservation laws while simulating")
+    group.add_argument("-q", "--quiet", action="store_true", help="times and rates alone")
 
 
 def add_published(group: argparse._ArgumentGroup) -> None:

@@ -44,9 +44,10 @@ def simulate_model(chosen: argparse.Namespace) -> int:
     else:
         with answer() as console:
             console.print(f"[bold]model[/]     {model_line(blueprint.params, blueprint.weights)}")
-            report.print_prediction(console, found)
-            console.print()
-            console.print(report.next_line(found, chosen.trace is not None))
+            report.print_prediction(console, found, quiet=chosen.quiet)
+            if not chosen.quiet:
+                console.print()
+                console.print(report.next_line(found, chosen.trace is not None))
     return Exit.OK if found.fits else Exit.CAPACITY
 
 
@@ -140,7 +141,7 @@ def _show_search(chosen: argparse.Namespace, blueprint: Blueprint, machine: Mach
         console.print(f"[bold]best[/]      {report.search_line(found)}")
         for line in report.limit_lines(found):
             console.print(f"[bold]limit[/]     {line}")
-        report.print_prediction(console, found.prediction)
+        report.print_prediction(console, found.prediction, quiet=chosen.quiet)
     return Exit.OK
 
 

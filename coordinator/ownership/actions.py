@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from coordinator.ownership.facts import Access, Extent, Finding
-from coordinator.ownership.runs import Run
+from coordinator.schedule.runs import Run
 
 HOST = "host"
 """The agent that issues everything and computes what is not asynchronous."""

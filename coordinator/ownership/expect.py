@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from coordinator.graph.node import ABSENT, Tensor
-from coordinator.ownership.runs import NOBODY, Runs
 from coordinator.schedule.lower import Home, Lowered
+from coordinator.schedule.runs import NOBODY, Runs
 from protocol.ops import WRITES_ONLY
 from protocol.program import Instruction, OperandRef, Table
 from protocol.program import Kind as Does
@@ -131,7 +131,7 @@ class _Draft:
                         self._read(group, _act(op.op.name, ident, op.node, item.split, ref))
                 self._write(group, _act(op.op.name, node.id, op.node, item.split, op.dst))
             return
-        if item.kind is Does.WAIT:
+        if item.kind in (Does.WAIT, Does.TAP):  # a tap is a look from outside: what it finds is what it is to find
             return
         ident = item.first if item.kind is Does.COPY else self.lowered.transfers[item.transfer].tensor
         here = Act("copy", ident, -1, item.split, item.arena, item.offset, item.offset + item.nbytes)

@@ -11,12 +11,12 @@ from coordinator.ownership.actions import HOST, Action, Do, Key, Operand, Region
 from coordinator.ownership.facts import Finding, Kind
 from coordinator.ownership.lifetimes import identity, released, topology
 from coordinator.ownership.order import Order
-from coordinator.ownership.runs import Run, Runs
 from coordinator.ownership.sequence import GraphSpec, Sequence
 from coordinator.ownership.shadow import Shadow, finding
 from coordinator.ownership.tenancy import Dock, Instance, chunks_of, difference, traits_of
 from coordinator.schedule.check import check_plan
 from coordinator.schedule.plan import Place, Plan
+from coordinator.schedule.runs import Run, Runs
 from coordinator.schedule.scheduler import Scheduler
 from protocol.errors import InputError, PlanError
 from protocol.ops import Usage

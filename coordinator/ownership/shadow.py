@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from coordinator.ownership.actions import HOST, Action, Do, Operand, Region
 from coordinator.ownership.facts import HELP, Access, Extent, Finding, Kind
 from coordinator.ownership.order import Conflict
-from coordinator.ownership.runs import NOBODY, Run, Runs
+from coordinator.schedule.runs import NOBODY, Run, Runs
 
 
 class Shadow:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 from coordinator.graph.node import Graph
 from coordinator.ownership.actions import Key, Operand, Region
 from coordinator.ownership.facts import Finding
-from coordinator.ownership.runs import Runs
 from coordinator.ownership.sequence import GraphSpec
 from coordinator.schedule.plan import Plan
+from coordinator.schedule.runs import Runs
 from coordinator.schedule.scheduler import Scheduler
 from protocol.ops import Flag
 

@@ -1,4 +1,4 @@
-"""What `crossdock simulate` says: times and rates, memory against limits, devices and links, what the time went into."""
+"""What `crossdock simulate` says: times and rates, memory, devices and links, and what the time went into."""
 
 from __future__ import annotations
 
@@ -40,14 +40,23 @@ def percent(share: float) -> str:
     return "<1 %" if 0 < share < _SMALL else f"{100 * share:.0f} %"
 
 
-def print_prediction(console: Console, found: Prediction) -> None:
-    """Times first, then memory, devices, links and the critical path of each phase."""
+def print_prediction(console: Console, found: Prediction, *, quiet: bool = False) -> None:
+    """Times first, then, unless `quiet`, memory, devices, links and the critical path of each phase."""
     series = found.series
     console.print(f"[bold]machine[/]   {plain(machine_line(series.machine))}")
     console.print(f"[bold]layers[/]    {plain(layers_line(series))}")
     console.print(f"[bold]request[/]   {load_line(series.load)}")
     console.print()
     console.print(f"[bold]{times_line(found)}[/]")
+    if not quiet:
+        _print_details(console, found)
+    if series.short:
+        console.print()
+        console.print(f"[bold]{plain(short_line(series))}[/]")
+
+
+def _print_details(console: Console, found: Prediction) -> None:
+    series = found.series
     console.print()
     console.print(memory_table(series.memory))
     console.print()
@@ -61,9 +70,6 @@ def print_prediction(console: Console, found: Prediction) -> None:
         console.print(f"[bold]{phase_line(phase)}[/]")
         for line in cause_lines(found, phase):
             console.print(f"  {plain(line)}")
-    if series.short:
-        console.print()
-        console.print(f"[bold]{plain(short_line(series))}[/]")
 
 
 def machine_line(machine: Machine) -> str:
@@ -158,7 +164,9 @@ def cause_text(series: Series, cause: Cause) -> str:
     where = f"at split {split} ({tensor})" if tensor else f"at split {split}"
     if len(cause.splits) > 1:
         where = f"at {plural(len(cause.splits), 'split')}, most {where}"
-    words = {"bytes": "waiting for", "latency": "waiting for the latency of", "queue": "queueing for"}
+    words = {
+        "bytes": "waiting for", "latency": "the latency of", "fixed": "the fixed cost of", "queue": "queueing for",
+    }  # fmt: skip
     return f"{words[cause.kind]} {name} {where}"
 
 

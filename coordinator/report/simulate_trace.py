@@ -1,4 +1,4 @@
-"""A simulated run as a trace: tracks for requests, devices and links, arrows for copies, counters for memory and queues."""
+"""A simulated run as a trace: requests, devices and links, arrows for copies, counters for memory and queues."""
 
 from __future__ import annotations
 
@@ -58,7 +58,9 @@ class _Shown:
                 yield self._ran(piece, program)
                 continue
             hop = timed.hops[piece.hop]
-            args = {"graph": timed.name, "bytes": hop.nbytes, "split": hop.split, "link": self.routes[hop.route].name}
+            args: dict[str, str | int | float] = {
+                "graph": timed.name, "bytes": hop.nbytes, "split": hop.split, "link": self.routes[hop.route].name,
+            }  # fmt: skip
             yield Slice(self.devices[piece.worker], f"{_VERBS[Do(piece.do)]} {hop.name or plan.graph.name}",
                         piece.start, piece.end - piece.start, args, "wait")  # fmt: skip
 
@@ -82,9 +84,9 @@ class _Shown:
             timed = self.timeline.programs[self.program(carried.job)]
             hop = timed.hops[carried.hop]
             seconds = carried.left - carried.start
-            args = {
-                "graph": timed.name, "bytes": hop.nbytes, "split": hop.split, "queued us": _us(carried.start - carried.ready),
-                "latency us": _us(carried.arrived - carried.left),
+            args: dict[str, str | int | float] = {
+                "graph": timed.name, "bytes": hop.nbytes, "split": hop.split,
+                "queued us": _us(carried.start - carried.ready), "latency us": _us(carried.arrived - carried.left),
             }  # fmt: skip
             yield Slice(self.wires[carried.route], hop.name or "copy", carried.start, seconds, args, "copy")
 

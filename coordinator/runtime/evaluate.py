@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from coordinator.runtime.fleet import Fleet, Violation
 from coordinator.runtime.inputs import Array
 from coordinator.runtime.memory import Memory
 from coordinator.runtime.quirks import unwritten
+from coordinator.runtime.taps import Patterns, Tap, Watched, compile_patterns, watch
 from coordinator.schedule.lower import Keep, Lowered, lower
 from coordinator.schedule.plan import Plan
 from coordinator.schedule.scheduler import Scheduler
@@ -36,6 +38,7 @@ class Shipped:
     lowered: Lowered
     workers: tuple[int, ...]
     expectations: tuple[WorkerExpectations, ...] = ()  # of each worker, in strict ownership
+    watched: Watched | None = None  # when tensors are looked at
 
     @property
     def plan(self) -> Plan:
@@ -45,22 +48,31 @@ class Shipped:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """Outputs by tensor name (raw bytes), digests by tensor name, and what it took."""
+    """Outputs by tensor name (raw bytes), digests by tensor name, what it took, and taps in the plan's order."""
 
     outputs: dict[str, memoryview]
     digests: dict[str, str]
     wall_ns: int
     done: dict[int, m.Done]
+    taps: tuple[Tap, ...] = ()
 
 
 class Evaluator:
     """Plans graphs on numbered schedulers, keeps shipped programs, and runs them. Lives as long as the run."""
 
     def __init__(
-        self, fleet: Fleet, memory: Memory, schedulers: Sequence[Scheduler], *, overlaps: bool = False
+        self,
+        fleet: Fleet,
+        memory: Memory,
+        schedulers: Sequence[Scheduler],
+        *,
+        overlaps: bool = False,
+        taps: Patterns | None = None,
     ) -> None:
         self.fleet, self.memory, self.schedulers = fleet, memory, tuple(schedulers)
         self.overlaps = overlaps  # results may lie on bytes that are still read: plans of ggml's that are wrong
+        self.taps = compile_patterns(()) if taps is None else taps
+        self.evaluations: Counter[str] = Counter()  # by graph
         self.programs: dict[Hashable, Shipped] = {}
         self.history: list[tuple[int, Shipped]] = []  # first step of each run of steps of one program, when strict
 
@@ -80,6 +92,7 @@ class Evaluator:
         `key` must hold everything that the graph depends on: its shapes, options and what it reads. `takes` are slots
         for tensors that other graphs read where this one leaves them (strict ownership remembers whose they are).
         """
+        key = (key, self.taps.texts)
         known = self.programs.pop(key, None)
         if known is not None:
             self.programs[key] = known  # the latest last
@@ -94,9 +107,11 @@ class Evaluator:
         if self.memory.fit_compute(scheduler, plan.buffer_sizes):
             self.drop(scheduler)
         homes = self.memory.homes(scheduler)
-        lowered = lower(plan, homes, outputs=outputs, digests=digests, keeps=keeps)
+        wanted = self.taps if self.taps.texts else None
+        lowered = lower(plan, homes, outputs=outputs, digests=digests, keeps=keeps, taps=wanted)
+        watched = watch(lowered, self.taps) if lowered.taps else None
         expectations = expect(lowered, homes, takes or {}) if self.memory.shadows else ()
-        shipped = self._ship(plan.graph.name, scheduler, lowered, expectations)
+        shipped = self._ship(plan.graph.name, scheduler, lowered, expectations, watched)
         self.programs[key] = shipped
         return shipped
 
@@ -111,7 +126,12 @@ class Evaluator:
                 self.fleet.send(worker, m.Forget((shipped.number,)))
 
     def _ship(
-        self, name: str, scheduler: int, lowered: Lowered, expectations: tuple[WorkerExpectations, ...]
+        self,
+        name: str,
+        scheduler: int,
+        lowered: Lowered,
+        expectations: tuple[WorkerExpectations, ...],
+        watched: Watched | None,
     ) -> Shipped:
         number = next(self.fleet.program_numbers)
         workers = []
@@ -136,7 +156,7 @@ class Evaluator:
             workers.append(worker)
         self.fleet.doing = f"the {name} graph"
         self.fleet.gather(workers)
-        return Shipped(number, name, scheduler, lowered, tuple(workers), expectations)
+        return Shipped(number, name, scheduler, lowered, tuple(workers), expectations, watched)
 
     def run(self, shipped: Shipped, inputs: Mapping[str, Array]) -> StepResult:
         """One evaluation. Inputs that are not given (unused debug tensors) stay as they are."""
@@ -156,13 +176,24 @@ class Evaluator:
         outputs: dict[str, memoryview] = {}
         digests: dict[str, str] = {}
         done: dict[int, m.Done] = {}
+        tapped: dict[int, memoryview] = {}
         for worker, envelope in answers.items():
             program, message = shipped.lowered.programs[worker], envelope.message
             assert isinstance(message, m.Done)
             done[worker] = message
-            outputs |= {port.name: data for port, data in zip(program.outputs, envelope.buffers, strict=True)}
+            n_outputs = len(program.outputs)
+            outputs |= {
+                port.name: data for port, data in zip(program.outputs, envelope.buffers[:n_outputs], strict=True)
+            }
+            for data in envelope.buffers[n_outputs:]:
+                tapped[worker] = data
             digests |= {port.name: text for port, text in zip(program.digests, message.digests, strict=True)}
-        return StepResult(outputs, digests, time.perf_counter_ns() - start, done)
+        wall_ns = time.perf_counter_ns() - start
+        self.evaluations[shipped.name] += 1
+        taps: tuple[Tap, ...] = ()
+        if shipped.watched is not None:
+            taps = tuple(shipped.watched.taps(shipped.name, self.evaluations[shipped.name], step, tapped))
+        return StepResult(outputs, digests, wall_ns, done, taps)
 
     def _program_at(self, step: int) -> Shipped:
         """The program that ran in a step, as strict ownership remembers."""

@@ -13,8 +13,9 @@ from typing import Any
 
 import zmq
 
-from coordinator.config import Topology
-from coordinator.runtime.process import WorkerProcess
+from coordinator.config import Topology, WorkerSpec
+from coordinator.runtime.nursery import Nursery
+from coordinator.runtime.process import Start, WorkerProcess, start_workers
 from coordinator.runtime.signals import Held
 from coordinator.runtime.watch import Watch
 from protocol import messages as m
@@ -72,6 +73,7 @@ class Fleet:
         self.plane = options.plane or ("shared" if shared else "message")
         self.processes: list[WorkerProcess] = []
         self.doing = "starting"
+        self._nursery: Nursery | None = None
         # Numbers are never used twice in a run: peers map arenas by number, and the board compares steps.
         self.arena_numbers = [itertools.count(1) for _ in topology.workers]
         self.program_numbers = itertools.count()
@@ -110,16 +112,18 @@ class Fleet:
 
     def start(self) -> None:
         """Start all workers. Raises WorkerError."""
-        for spec in self.topology.workers:
-            configuration: dict[str, object] = {
-                "name": spec.name, "incarnation": 0, "kind": spec.kind, "memory": spec.memory,
-                "threads": spec.threads, "unsupported_ops": spec.unsupported_ops,
-                "arithmetic": self.options.arithmetic, "endpoint": self.endpoint,
-                "transport": self.options.transport, "plane": self.plane, "run_directory": self.directory,
-                "board": self.board.segment.path, "token": self._token,
-            }  # fmt: skip
-            with Held():  # no process without an entry in the list
-                self.processes.append(WorkerProcess.start(spec, configuration, self.directory))
+        starts = [Start(spec, self._configuration(spec)) for spec in self.topology.workers]
+        with Held():  # no process without an entry in the list
+            self._nursery = start_workers(starts, self.directory, self.options.arithmetic, self.processes)
+
+    def _configuration(self, spec: WorkerSpec) -> dict[str, object]:
+        return {
+            "name": spec.name, "incarnation": 0, "kind": spec.kind, "memory": spec.memory,
+            "threads": spec.threads, "unsupported_ops": spec.unsupported_ops,
+            "arithmetic": self.options.arithmetic, "endpoint": self.endpoint,
+            "transport": self.options.transport, "plane": self.plane, "run_directory": self.directory,
+            "board": self.board.segment.path, "token": self._token,
+        }  # fmt: skip
 
     def handshake(self) -> None:
         """Wait until every worker has said hello, and welcome them all.
@@ -221,6 +225,7 @@ class Fleet:
     def _receive(self, awaited: Collection[int], deadline: float | None) -> tuple[int, list[bytes]]:
         """The next message, while all workers live, somebody gets on, and the deadline has not passed."""
         watch = Watch(self.board, self.processes, awaited)
+        reports = 0
         while True:
             if self.socket.poll(_POLL_MS):
                 identity, *frames = self.socket.recv_multipart()
@@ -229,6 +234,10 @@ class Fleet:
                     return worker, frames
                 continue  # a stranger: not worth an answer, let alone the run
             self._check_alive()
+            if self._nursery is not None and self._nursery.n_reports != reports:
+                reports = self._nursery.n_reports  # workers are born, or kernels compiled for them
+                watch = Watch(self.board, self.processes, awaited)
+                deadline = None if deadline is None else time.monotonic() + START_TIMEOUT_S
             if deadline is not None and time.monotonic() > deadline:
                 late = ", ".join(self.topology.names[i] for i in sorted(awaited))
                 raise WorkerError(f"{late}: no hello within {START_TIMEOUT_S:.0f} s")
@@ -256,6 +265,8 @@ class Fleet:
         with Held():
             if gently:
                 self._dismiss()
+            if self._nursery is not None:
+                self._nursery.end()
             for process in self.processes:
                 process.kill()
                 process.hang_up()

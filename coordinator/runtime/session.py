@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
@@ -24,6 +24,7 @@ from coordinator.runtime.fleet import Fleet
 from coordinator.runtime.inputs import Array, CrossMasks, text_inputs, vision_inputs, vision_inputs_2024
 from coordinator.runtime.memory import HANDLES, Budget, Memory
 from coordinator.runtime.quirks import Quirk, lost_image, with_leaf_caches, with_pins
+from coordinator.runtime.taps import Tap, check_patterns, compile_patterns
 from coordinator.schedule.lower import Home, Keep
 from coordinator.schedule.placement import Placement, PlacementOptions, plan_placement
 from coordinator.schedule.plan import Device
@@ -61,6 +62,7 @@ class SessionOptions:
     check: bool = False  # compare every read as in strict ownership, whatever `ownership` is
     pins: tuple[tuple[str, str], ...] = ()  # tensor of a graph and the worker that the user wants it on
     quirks: frozenset[Quirk] = frozenset()
+    taps: tuple[str, ...] = ()  # regular expressions: tensors whose bytes come back with each evaluation
 
 
 def devices_of(topology: Topology) -> tuple[Device, ...]:
@@ -85,6 +87,9 @@ class Session:
     Vision and language graphs run on scheduler 0, or on 0 and 1 when not shared. What outlives its graph, the vision
     tower's output, is copied to memory of its own at the end of that graph (safe ownership), or read where the vision
     graph left it. Raises UsageError for several images that would have to lie in that one place.
+
+    `on_tensor`, when it is set, is called with each tensor of `options.taps` after each evaluation, in the plan's order
+    and whatever worker it was on: ggml's eval callback, without stopping between nodes.
     """
 
     def __init__(
@@ -103,6 +108,8 @@ class Session:
                 f"--ownership {options.ownership} with {n_images} images: without memory of its own each image's "
                 "output lies where the last one's was; give one image, or --ownership safe"
             )
+        self.taps = compile_patterns(options.taps)
+        self.on_tensor: Callable[[Tap], None] | None = None
         self.n_ctx = _context_size(params, options.n_ctx)
         self.devices = devices_of(topology)
         memory = [spec.memory for spec in topology.workers]
@@ -146,6 +153,7 @@ class Session:
         n_tokens = min(self.options.n_ubatch, self.n_ctx)
         prompt = self._language_graph(n_tokens, self.n_ctx, write=True)
         self._route_debug(vision, prompt)
+        check_patterns(self.taps, (prompt,) if vision is None else (vision, prompt))
         graphs = [
             self._language_graph(n_tokens, self.n_ctx, write=True),
             self._language_graph(1, self.n_ctx, write=False),
@@ -174,7 +182,7 @@ class Session:
         self.memory.load(self.residents)
         for number, scheduler in enumerate(self.schedulers):
             self.memory.fit_compute(number, scheduler.buffer_sizes)
-        self.evaluator = Evaluator(fleet, self.memory, self.schedulers, overlaps=not self.keeps)
+        self.evaluator = Evaluator(fleet, self.memory, self.schedulers, overlaps=not self.keeps, taps=self.taps)
 
     def close(self) -> None:
         """Give the workers' memory back; the fleet can open another session then."""
@@ -239,7 +247,14 @@ class Session:
         )  # fmt: skip
         if not self.keeps:
             self.memory.resident[self._cross_states_key()] = shipped.lowered.home("vision_output")
-        return self.evaluator.run(shipped, self._vision_inputs(tiles)), shipped
+        return self._run(shipped, self._vision_inputs(tiles)), shipped
+
+    def _run(self, shipped: Shipped, inputs: dict[str, Array]) -> StepResult:
+        result = self.evaluator.run(shipped, inputs)
+        if self.on_tensor is not None:
+            for tap in result.taps:
+                self.on_tensor(tap)
+        return result
 
     def _vision_inputs(self, tiles: Tiles) -> dict[str, Array]:
         """Inputs of the vision graph; of 2024's, which adds to one of them, that one is set once unless safe."""
@@ -288,7 +303,7 @@ class Session:
         if self.n_images:
             assert self.masks is not None
             inputs = inputs | self.masks.rows(self.n_past, n_tokens)
-        result = self.evaluator.run(shipped, inputs)
+        result = self._run(shipped, inputs)
         self.n_past += n_tokens
         return np.frombuffer(result.outputs["result_output"], np.float32), result, shipped
 

@@ -3,52 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, field
 
 from coordinator.graph.node import ABSENT, Tensor
 from coordinator.schedule.devices import buft_name
 from coordinator.schedule.plan import Device, Place, Plan, Split
+from coordinator.schedule.runs import Run, Runs
 from protocol.errors import PlanError
 from protocol.ops import WRITES_ONLY, Flag, Op
-
-_Run = tuple[int, int, int]
-"""Bytes [start, end) and the number of their writer; -1 for nobody."""
-
-
-@dataclass(slots=True)
-class _Bytes:
-    """Who wrote the bytes of something: disjoint runs sorted by start."""
-
-    runs: list[_Run] = field(default_factory=list)
-
-    def write(self, start: int, end: int, writer: int) -> None:
-        """Bytes [start, end) now hold what `writer` wrote."""
-        if start >= end:
-            return
-        out: list[_Run] = []
-        for a, b, who in self.runs:
-            if a < start:
-                out.append((a, min(b, start), who))
-            if b > end:
-                out.append((max(a, end), b, who))
-        out.append((start, end, writer))
-        out.sort()
-        self.runs = out
-
-    def read(self, start: int, end: int) -> list[_Run]:
-        """The runs that cover [start, end)."""
-        out: list[_Run] = []
-        at = start
-        for a, b, who in self.runs:
-            if b <= at or a >= end:
-                continue
-            if a > at:
-                out.append((at, a, -1))
-            out.append((max(a, at), min(b, end), who))
-            at = min(b, end)
-        if at < end:
-            out.append((at, end, -1))
-        return out
 
 
 def check_plan(plan: Plan) -> None:
@@ -94,11 +55,11 @@ class _Walk:
         self.plan = plan
         self.tensors = plan.graph.tensors
         self.n = len(self.tensors)
-        self.memory: defaultdict[tuple[str, int], _Bytes] = defaultdict(_Bytes)
+        self.memory: defaultdict[tuple[str, int], Runs] = defaultdict(Runs)
         # What each root tensor or copy should hold, as the graph orders the writes.
-        self.contents: defaultdict[int, _Bytes] = defaultdict(_Bytes)
+        self.contents: defaultdict[int, Runs] = defaultdict(Runs)
         self.stories: list[str] = []
-        self.snapshots: dict[int, list[_Run]] = {}  # per copy: what its source held when it was made
+        self.snapshots: dict[int, list[Run]] = {}  # per copy: what its source held when it was made
         used = {s for row in plan.sources for s in row if s >= self.n}
         self.copies = {(plan.copies[c - self.n].tensor, plan.copies[c - self.n].backend): c for c in used}
 

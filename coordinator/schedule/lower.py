@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -57,6 +57,20 @@ class Transfer:
 
 
 @dataclass(frozen=True, slots=True)
+class TapPoint:
+    """A tensor whose bytes go into a step's reply as they are when `graph.nodes[node]` is done.
+
+    `worker` holds the bytes. Inputs are looked at before anything is computed: `node` and `split` are -1.
+    """
+
+    tensor: int
+    node: int
+    split: int
+    worker: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerProgram:
     """One worker's share."""
 
@@ -69,12 +83,16 @@ class WorkerProgram:
 
 @dataclass(frozen=True, slots=True)
 class Lowered:
-    """Programs by worker, every transfer between them, and where tensors lie (copies: `len(tensors) + index`)."""
+    """Programs by worker, every transfer between them, and where tensors lie (copies: `len(tensors) + index`).
+
+    `taps` are in the plan's order; those of one worker are in the order of its program.
+    """
 
     plan: Plan
     programs: tuple[WorkerProgram, ...]
     transfers: tuple[Transfer, ...]
     homes: Mapping[int, Home] = field(default_factory=dict)
+    taps: tuple[TapPoint, ...] = ()
 
     def home(self, name: str) -> Home:
         """Where the tensor of a port lies."""
@@ -115,6 +133,7 @@ def lower(
     outputs: Sequence[str] = (),
     digests: Sequence[str] = (),
     keeps: Sequence[Keep] = (),
+    taps: Callable[[Tensor], bool] | None = None,
 ) -> Lowered:
     """Programs for all workers of a plan; worker i runs what was assigned to device i.
 
@@ -123,15 +142,18 @@ def lower(
     start, as ggml copies them. Sent bytes are on loan until the receiver acknowledges: whoever would overwrite them
     waits first, and a program ends only when all its loans are back.
 
+    `taps` chooses nodes, views among them, and inputs whose bytes go into the reply as well: the plan stays as it is,
+    only runs of operations end where somebody looks.
+
     Raises PlanError when a node works on memory of another worker, CapacityError for too many transfers.
     """
-    return _Lowering(plan, homes).run(outputs, digests, keeps)
+    return _Lowering(plan, homes, taps).run(outputs, digests, keeps)
 
 
 class _Lowering:
     """State of one call of `lower`."""
 
-    def __init__(self, plan: Plan, homes: Homes) -> None:
+    def __init__(self, plan: Plan, homes: Homes, taps: Callable[[Tensor], bool] | None) -> None:
         self.plan = plan
         self.homes = homes
         self.tensors = plan.graph.tensors
@@ -139,6 +161,8 @@ class _Lowering:
         self.transfers: list[Transfer] = []
         self.copies = {(copy.tensor, copy.backend): k for k, copy in enumerate(plan.copies)}
         self.homes_of: dict[int, Home] = {}
+        self.wanted = taps
+        self.taps: list[TapPoint] = []
 
     def run(self, outputs: Sequence[str], digests: Sequence[str], keeps: Sequence[Keep]) -> Lowered:
         self._inputs()
@@ -148,6 +172,7 @@ class _Lowering:
             draft = self.drafts[split.backend]
             for index in range(split.start, split.end):
                 self._node(draft, split.backend, index, number)
+                self._tap(self.plan.graph.nodes[index], index, number)
             draft.end_run(number)
         self._ports(outputs, digests)
         for keep in keeps:
@@ -159,7 +184,7 @@ class _Lowering:
             WorkerProgram(tuple(d.ops), tuple(d.instructions), tuple(d.inputs), tuple(d.outputs), tuple(d.digests))
             for d in self.drafts
         )
-        return Lowered(self.plan, programs, tuple(self.transfers), self.homes_of)
+        return Lowered(self.plan, programs, tuple(self.transfers), self.homes_of, tuple(self.taps))
 
     def _home(self, ident: int) -> Home:
         """Home of a tensor, or of a copy (`len(tensors) + index`)."""
@@ -201,6 +226,20 @@ class _Lowering:
             if tensor.flags & Flag.INPUT and tensor.buffer is None and self.plan.places[ident] is not None:
                 home = self._home(ident)
                 self.drafts[home.worker].inputs.append(Port(tensor.name, home.arena, home.offset, tensor.nbytes))
+                self._tap(ident, -1, -1)
+
+    def _tap(self, ident: int, node: int, split: int) -> None:
+        """Look at a tensor where it lies. Its writers are in that worker's program already: sources come first."""
+        tensor = self.tensors[ident]
+        if self.wanted is None or 0 in tensor.ne or not self.wanted(tensor):
+            return
+        home = self._home(ident)
+        draft = self.drafts[home.worker]
+        draft.end_run(split)
+        draft.instructions.append(
+            Instruction(Kind.TAP, ident, 0, max(split, 0), home.arena, home.offset, tensor.nbytes)
+        )
+        self.taps.append(TapPoint(ident, node, split, home.worker, tensor.nbytes))
 
     def _hand_over(self, ident: int, backend: int, split: int) -> None:
         """Copy a split's input to the split's backend: on one worker at once, between workers as a loan."""
@@ -266,6 +305,8 @@ class _Lowering:
         worker, port = self._port(keep.name)
         if keep.home.worker != worker:
             raise PlanError(f"{keep.name!r} lies on another worker than the memory that keeps it")
+        draft, start = self.drafts[worker], keep.home.offset
+        draft.before_write(keep.home.arena, start, start + port.nbytes, len(self.plan.splits))
         ident, end = self.plan.graph.named(keep.name).id, len(self.plan.splits)
         target, source = (keep.home.arena, keep.home.offset), (port.arena, port.offset)
         self.drafts[worker].instructions.append(Instruction(Kind.COPY, ident, 0, end, *target, port.nbytes, source))

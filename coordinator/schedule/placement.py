@@ -122,7 +122,7 @@ def check_overrides(options: PlacementOptions, weights: Iterable[str]) -> None:
         if not any(re.search(pattern, name) for name in names):
             raise UsageError(
                 f"--override-tensor {pattern}={device}: matches none of the model's {len(names)} weights,"
-                f" which are named like {', '.join(names[1:4])}"
+                f" which are named like {', '.join(names[:: len(names) // 3 + 1])}"
             )
 
 

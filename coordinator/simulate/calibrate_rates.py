@@ -11,7 +11,7 @@ from typing import Final
 from coordinator.simulate.fit import Measured
 from coordinator.simulate.rates import Ask, tokens_per_s
 
-SHRINK: Final = 1.0
+SHRINK: Final = 0.5
 """So many rows that say "as the law has it" are added to those of a device."""
 
 

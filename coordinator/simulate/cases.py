@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Final
 
-from coordinator.simulate.known import find_spec
+from coordinator.simulate.known import anchored, find_spec
 from coordinator.simulate.law import Spec
 from coordinator.simulate.models import Workload, workload_of
 from coordinator.simulate.published import Row, Test, test_of
@@ -20,6 +20,9 @@ CLASS_OF: Final = {
 
 SLOW_HOST_S: Final = 1e-3
 """What a Raspberry Pi as the host adds to a token (rows G60 to G65 against G01 to G10: 0.9 to 1.3 ms)."""
+
+USUAL_CPU_FLOPS: Final = 1e12
+"""The peak of a processor of which nothing but its memory is known."""
 
 MODES: Final = ("one", "layers", "rows", "offload", "rpc")
 
@@ -63,8 +66,17 @@ def case_of(row: Row) -> Case:
         mode = "offload"
     elif row.n_devices > 1 or len(specs) > 1:
         mode = "layers"
+    _check_units(specs)
+    if mode == "rpc" or load.experts:
+        specs = tuple(anchored(spec, row.model, row.quant) for spec in specs)
     slow = row.group == "pihost" or "host = raspberry" in row.notes.lower()
     return Case(row, test, load, specs, mode, share, _remote(row, mode), _flash(row), SLOW_HOST_S if slow else 0.0)
+
+
+def _check_units(specs: tuple[Spec, ...]) -> None:
+    for spec in specs:
+        if spec.units <= 0 and spec.cls != "cpu":
+            raise InputError(f"hardware {spec.name!r} is not known, and the row has no peak_fp16_tflops for it")
 
 
 def _flash(row: Row) -> bool:
@@ -101,7 +113,8 @@ def _spec(name: str, row: Row, *, alone: bool) -> Spec:
         if not (alone and row.bandwidth and cls):
             spec = _guess(name, cls)
         else:
-            spec = Spec(name, cls, row.bandwidth, row.flops, tags=(row.arch,) if row.arch else ())
+            flops = row.flops or (USUAL_CPU_FLOPS if cls == "cpu" else 0.0)
+            spec = Spec(name, cls, row.bandwidth, flops, tags=(row.arch,) if row.arch else ())
     if "vulkan" in row.group or row.cls.endswith("vk"):
         spec = replace(spec, tags=(*spec.tags, "vulkan"))
     watts = re.search(r"(?:power|limit|cap|tdp)\D{0,20}(\d{2,4})\s*w\b", row.notes.lower())
@@ -113,4 +126,4 @@ def _guess(name: str, cls: str) -> Spec:
     memory = re.search(r"(?:(\d+)\s*ch\w*\s+)?(?:lp)?ddr\d\w?-(\d{4,5})", name.lower())
     if memory is None:
         raise InputError(f"hardware {name!r} is not known, and the row has no bandwidth and class for it")
-    return Spec(name, cls or "cpu", int(memory[1] or 2) * 8 * float(memory[2]) * 1e6)
+    return Spec(name, cls or "cpu", int(memory[1] or 2) * 8 * float(memory[2]) * 1e6, flops=USUAL_CPU_FLOPS, sm=8)

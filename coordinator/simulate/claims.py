@@ -46,8 +46,7 @@ NO_CLAIM: Final = {
     "prompt offload": "prompts with weights on the host: only calibrated machines",
     "prompt rpc": "prompts over RPC",
     "wifi": "Wi-Fi: 16 devices collapsed",
-    "unstated": "hardware that the row does not state",
-    "one row": "a CPU with no second row to calibrate by",
+    "unmeasured": "a CPU, a divided machine or a model behind RPC of which no other row was there to calibrate by",
 }
 """Kinds of rows that are predicted, but for which nothing is promised."""
 

@@ -13,8 +13,8 @@ _EPS = 1e-12
 
 
 class Part(NamedTuple):
-    """A stretch of the path. `kind`: `compute` (of worker `where`), `bytes` (on route `where`), `latency` (of it, an
-    RPC server's fixed cost included), `queue` (behind other transfers on it), or `host` (between evaluations)."""
+    """A stretch of the path. `kind`: `compute` (of worker `where`), `bytes` (on route `where`), `latency` (of it),
+    `fixed` (its cost per evaluation), `queue` (behind other transfers on it), or `host` (between evaluations)."""
 
     tag: str
     kind: str
@@ -106,8 +106,10 @@ class _Walk:
         program = self.timeline.programs[self.timeline.jobs[carried.job].program]
         hop = program.hops[carried.hop]
         left = min(time, carried.left)
+        fixed = min(hop.extra_s, time - left)
         for kind, seconds in (
-            ("latency", time - left), ("bytes", left - carried.start), ("queue", carried.start - carried.ready),
+            ("fixed", fixed), ("latency", time - left - fixed), ("bytes", left - carried.start),
+            ("queue", carried.start - carried.ready),
         ):  # fmt: skip
             self._add(carried.job, kind, carried.route, hop.split, hop.name, seconds)
         return carried.last, carried.ready

@@ -159,7 +159,7 @@ class Engine:
                             self.out.slices.append(Slice(worker.index, now, now + seconds, do, job.number, split, -1))
                         self._push(now + seconds, _CONTINUE, worker)
                         return
-                elif do == _SEND or do == _OUT:
+                elif do in (_SEND, _OUT):
                     self._send(worker, job, hop, now, out=do == _OUT)
                     if do == _SEND and not worker.is_async and not self._is_async_target(job, hop):
                         worker.blocked, worker.since = hop, now

@@ -17,8 +17,8 @@ class Flow:
     was sent, `arrived`; all in seconds. `job` and `by` belong to the engine."""
 
     __slots__ = (
-        "arrived", "by", "cap", "hop", "job", "last", "latency", "left", "nbytes", "rate", "ready", "remaining", "route",
-        "serial", "slower", "start", "version",
+        "arrived", "by", "cap", "hop", "job", "last", "latency", "left", "nbytes", "rate", "ready", "remaining",
+        "route", "serial", "slower", "start", "version",
     )  # fmt: skip
 
     def __init__(
@@ -128,7 +128,7 @@ class FlowNet:
             self._check_media(seen)
 
     def _fair(self, flows: list[Flow]) -> list[tuple[Flow, float]]:
-        """Max-min fair rates (bytes/s): raise all together, and stop those who meet their own limit or a full medium."""
+        """Max-min fair rates (bytes/s): raise all together, stop those who meet their own limit or a full medium."""
         routes = self.fabric.routes
         left = {m: self.fabric.capacity[m] for flow in flows for m in routes[flow.route].media}
         users = dict.fromkeys(left, 0)

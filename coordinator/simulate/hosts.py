@@ -63,8 +63,7 @@ def calibrate_host(cases: Sequence[tuple[Case, float]], usual: Host) -> Host:
 
 
 def _sent(case: Case) -> float:
-    experts = 8.0 if case.load.experts else 1.0
-    return case.load.read_nbytes * experts * (1 - case.share) / min(case.test.n, case.test.ubatch)
+    return case.load.file_nbytes * (1 - case.share) / min(case.test.n, case.test.ubatch)
 
 
 def _solve(rows: Sequence[tuple[float, float, float]], usual_a: float, usual_b: float) -> tuple[float, float]:
@@ -77,9 +76,20 @@ def _solve(rows: Sequence[tuple[float, float, float]], usual_a: float, usual_b: 
     return max(float(a), usual_a / 50), max(float(b), usual_b / 50)
 
 
+def host_name(hardware: str, model: str) -> str:
+    """Under which name a machine that was measured with a model is calibrated."""
+    return f"{hardware} | {model}"
+
+
+def find_host(hosts: Mapping[str, Host], hardware: str, model: str) -> Host | None:
+    """The machine as it was measured with this model, or else with another one."""
+    found = hosts.get(host_name(hardware, model))
+    return found or next((host for name, host in hosts.items() if name.startswith(f"{hardware} | ")), None)
+
+
 @cache
 def known_hosts() -> Mapping[str, Host]:
-    """Calibrated machines by the name of their hardware."""
+    """Calibrated machines by host_name."""
     path = presets_file("hosts.toml")
     found = {}
     for name, values in read_toml(path).items():

@@ -11,7 +11,7 @@ from typing import Final
 from coordinator.simulate.calibrate_rates import factors
 from coordinator.simulate.claims import PROMISES, Promise, fault_of, group_of
 from coordinator.simulate.fit import Measured, defaults, fit_class
-from coordinator.simulate.hosts import calibrate_host, usual_host
+from coordinator.simulate.hosts import calibrate_host, host_name, usual_host
 from coordinator.simulate.law import Constants
 from coordinator.simulate.rates import Ask, tokens_per_s
 
@@ -165,7 +165,7 @@ def _offload(cases: Sequence[Measured]) -> list[Judged]:
         if len(rows) > 2:
             ends = [rows[0], rows[-1]]
             host = calibrate_host([(m.case, m.tps) for m in ends], usual_host(rows[0].case))
-            ask = Ask(defaults(), {rows[0].case.row.hardware: host})
+            ask = Ask(defaults(), {host_name(rows[0].case.row.hardware, rows[0].case.row.model): host})
             found += [_judged(m, ask) for m in rows[1:-1]]
     return found
 

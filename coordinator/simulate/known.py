@@ -85,6 +85,20 @@ def calibrated() -> Mapping[str, tuple[float, float, str]]:
     return found
 
 
+def anchored(spec: Spec, model: str, quant: str) -> Spec:
+    """A device as it was measured with this very model, where it was."""
+    decode, prompt, rows = calibrated().get(anchor_name(spec.name, model, quant), (0.0, 0.0, ""))
+    if not rows:
+        return spec
+    sources = dict(spec.sources) | {"k": rows}
+    return replace(spec, k_decode=decode, k_prompt=prompt, sources=sources)
+
+
+def anchor_name(device: str, model: str, quant: str) -> str:
+    """Under which name a device that was measured with a model is calibrated."""
+    return f"{device} | {model} | {quant}"
+
+
 def find_spec(name: str, cls: str = "") -> Spec | None:
     """The device that is meant by a name as people write it, or None."""
     known = specs()

@@ -14,7 +14,7 @@ from protocol.dtypes import DType
 NOW: Final = 2026.0
 """The year whose builds are meant where nothing else is said."""
 
-OPS_PER_LAYER: Final = 19
+OPS_PER_LAYER: Final = 21
 """Ops of a llama layer that are computed; the overhead of a layer is spread over them."""
 
 FLASH_GAIN: Final = 3.0
@@ -89,7 +89,8 @@ def device_of(spec: Spec, constants: Constants, year: float = NOW, *, flash: boo
     """The model of a device of a class.
 
     Decode: W / (eb bandwidth) + weights / (q units) for quantised types + KV / (ekv bandwidth + kvu units) + c per
-    layer (for a CPU: and its threads meet after every op, c_us_core for each core); prompt: W / (0.8 bandwidth) + FLOPs / (pp units power^a) + attention FLOPs / (ppa units) + c per layer.
+    layer (for a CPU: and its threads meet after every op, c_us_core for each core). Prompt: W / (0.8 bandwidth) +
+    FLOPs / (pp units power^a) + attention FLOPs / (ppa units) + c per layer.
     """
 
     def c(name: str, *more: str) -> float:
@@ -98,14 +99,20 @@ def device_of(spec: Spec, constants: Constants, year: float = NOW, *, flash: boo
     k, units = spec.k_decode, spec.units
     eb = c("eb")
     kv = c("ekv") * spec.bandwidth + c("kvu") * 1e9 * units
+    efficiency = {
+        "matvec": eb * k,
+        "matmat": 0.8 * spec.k_prompt,
+        "attention": kv * k / spec.bandwidth,
+        "elementwise": eb,
+        "copy": eb,
+    }
     return DeviceModel(
         name=spec.name,
         cls=spec.cls,
         memory_nbytes=spec.memory_nbytes,
         bandwidth=spec.bandwidth,
         rates=_rates(spec, constants, year),
-        efficiency={"matvec": eb * k, "matmat": 0.8, "attention": kv * k / spec.bandwidth, "elementwise": eb,
-                    "copy": eb / 2},  # fmt: skip
+        efficiency=efficiency,
         weights_per_s={key: rate * k for key, rate in _unpacking(spec, constants, year).items()},
         attention_rate=c("ppa") * 1e12 * units * (FLASH_GAIN if flash else 1.0) * spec.k_prompt,
         launch_s=(c("c_us") + c("c_us_core") * spec.sm) * 1e-6 / OPS_PER_LAYER / k,

@@ -67,7 +67,7 @@ def time_program(
     streams: int = 1,
     buffered: bool = False,
 ) -> Timed:
-    """Each worker's instructions with their durations on `models`, by worker; the last worker is the coordinator's host.
+    """Each worker's instructions with their durations on `models`, by worker; the last one is the coordinator's host.
 
     An evaluation costs each device that takes part its `step_s`, and its link's `fixed_s` once. Weights that are sent
     from the host's memory lie in a mapped file, which is slower than pinned memory where the link says so. Outputs on
@@ -135,7 +135,7 @@ class _Timing:
         A device that takes all of that at once pays on each transfer, so that the last to come is late, whichever that
         is; one that takes them in turn pays on the last.
         """
-        first = []
+        first: list[int] = []
         for item in self.lowered.programs[worker].instructions:
             if item.kind is Kind.RUN and first:
                 break

@@ -115,7 +115,7 @@ def _is_remote(fabric: Fabric, host: int, device: int) -> bool:
 
 
 def _device(model: DeviceModel, remote: bool) -> Device:
-    """As the scheduler sees it: GPUs take ops whose weights lie in host memory, remote ones do not (as in llama.cpp)."""
+    """As the scheduler sees it: GPUs take ops whose weights lie in host memory, remote ones do not (llama.cpp)."""
     is_host = model.cls == "cpu"
     offload = frozenset(Op.__members__) if not is_host and not remote else frozenset()
     return Device(

@@ -44,7 +44,8 @@ class Workload:
     """A model in a file as one evaluation meets it.
 
     `read_nbytes` and `weights`: read and multiplied for each token (the active experts; no token embedding unless
-    it is the output too); `kv_nbytes` per token of depth in an f16 cache; `guessed`: dimensions by size alone.
+    it is the output too); `file_nbytes`: all experts; `kv_nbytes` per token of depth in an f16
+    cache; `guessed`: dimensions by size alone.
     """
 
     dtype: DType
@@ -52,6 +53,7 @@ class Workload:
     read_nbytes: float
     weights: float
     kv_nbytes: float
+    file_nbytes: float
     heads: int
     vocab: int
     embd: int
@@ -73,7 +75,7 @@ def workload_of(model: str, params: float, file_nbytes: float, quant: str) -> Wo
     experts = family.active < family.params
     weights = family.active if experts else family.params - embedding
     kv = 2.0 * 2 * family.kv * family.layers
-    return Workload(dtype, family.layers, nbytes * share, weights, kv, family.heads, family.vocab, family.embd,
+    return Workload(dtype, family.layers, nbytes * share, weights, kv, nbytes, family.heads, family.vocab, family.embd,
                     experts, guessed)  # fmt: skip
 
 
@@ -116,11 +118,11 @@ def _families() -> tuple[tuple[re.Pattern[str], Family], ...]:
     found = []
     for _, table in tables_of(document, "model", str(path)):
         params = table.number("params", low=1e-3) * 1e9
-        family = Family(
-            params, table.number("active", params / 1e9) * 1e9,
-            *(int(table.number(key, low=1)) for key in ("layers", "embd", "kv", "heads", "vocab")),
-            table.flag("tied", False),
-        )  # fmt: skip
+        layers, embd, kv, heads, vocab = (
+            int(table.number(key, low=1)) for key in ("layers", "embd", "kv", "heads", "vocab")
+        )
+        active = table.number("active", params / 1e9) * 1e9
+        family = Family(params, active, layers, embd, kv, heads, vocab, table.flag("tied", False))
         found.append((re.compile(table.text("names")), family))
         table.end()
     return tuple(found)

@@ -121,8 +121,8 @@ def _read_link(table: Table, where: str) -> LinkModel:
     sources = table.texts("source")
     link = LinkModel(
         name=table.text("name", preset or None),
-        latency_s=table.number("latency_us", base and base.latency_s * 1e6, high=1e9) * 1e-6,
-        bandwidth=table.number("bandwidth_gbs", base and base.bandwidth / 1e9, low=1e-6, high=1e6) * 1e9,
+        latency_s=table.number("latency_us", base.latency_s * 1e6 if base else None, high=1e9) * 1e-6,
+        bandwidth=table.number("bandwidth_gbs", base.bandwidth / 1e9 if base else None, low=1e-6, high=1e6) * 1e9,
         duplex=table.flag("duplex", base.duplex if base else True),
         segment=table.text("segment", base.segment if base else ""),
         jitter=table.number("jitter", base.jitter if base else 0.0, high=100.0),

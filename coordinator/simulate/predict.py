@@ -110,8 +110,7 @@ def _phase(timeline: Timeline, tag: str) -> Phase:
 def _with_paths(timeline: Timeline, phases: tuple[Phase, ...]) -> tuple[Phase, ...]:
     path = critical_path(timeline)
     return tuple(
-        Phase(p.tag, p.n, p.seconds, p.busy, p.links, tuple(part for part in path if part.tag == p.tag))
-        for p in phases
+        Phase(p.tag, p.n, p.seconds, p.busy, p.links, tuple(part for part in path if part.tag == p.tag)) for p in phases
     )
 
 
@@ -127,7 +126,7 @@ class Cause:
 
 
 def causes(parts: Iterable[Part]) -> list[Cause]:
-    """What the path's time went into, the most first: computing by device, waiting by link (bytes, latency, queue)."""
+    """What the path's time went into, the most first: computing by device, waiting by link and kind."""
     seconds: dict[tuple[str, int], dict[int, float]] = {}
     names: dict[tuple[str, int, int], tuple[float, str]] = {}
     for part in parts:

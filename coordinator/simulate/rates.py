@@ -9,21 +9,24 @@ from typing import Final
 
 from coordinator.simulate.cases import Case
 from coordinator.simulate.hardware import DeviceModel, LinkModel, Work
-from coordinator.simulate.hosts import Host, known_hosts, usual_host
+from coordinator.simulate.hosts import Host, find_host, known_hosts, usual_host
 from coordinator.simulate.known import constants
 from coordinator.simulate.law import OPS_PER_LAYER, Constants, Spec, device_of
 from coordinator.simulate.network import rpc_link
 from protocol.dtypes import DType
 
-ROWS_DECODE: Final = 6e-5
+ROWS_DECODE: Final = 4.6e-4
 """Seconds that splitting by rows costs each layer and further device: two joins (rows Y25 to Y27)."""
+
+ROWS_LINK: Final = 0.6e9
+"""Bytes/s at which they exchange a prompt's activations (rows Y25, Y27; Y26 was five times faster)."""
 
 Lookup = Callable[[str], Constants]
 
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """What a prediction may look up: constants of classes, calibrated machines; and the models made from them so far."""
+    """What a prediction looks up: constants of classes, calibrated machines; and the models made from them so far."""
 
     constants: Lookup = constants
     hosts: Mapping[str, Host] | None = None
@@ -32,7 +35,7 @@ class Ask:
     def host(self, case: Case) -> Host:
         """How fast the two sides of a machine are when its layers are divided."""
         hosts = known_hosts() if self.hosts is None else self.hosts
-        return hosts.get(case.row.hardware) or usual_host(case)
+        return find_host(hosts, case.row.hardware, case.row.model) or usual_host(case)
 
 
 def tokens_per_s(case: Case, ask: Ask) -> float:
@@ -67,8 +70,8 @@ def _decode_part_s(case: Case, spec: Spec, ask: Ask, share: float) -> float:
     device = _model(case, spec, ask)
     busy = sum(device.busy_s(work) for work in decode_work(case, share))
     layers = case.load.layers * share
-    moe = ask.constants(spec.cls).value("moe_us", (), case.row.year) * 1e-6 * layers if case.load.experts else 0.0
-    return busy + layers * OPS_PER_LAYER * device.launch_s + moe
+    experts_us = ask.constants(spec.cls).value("moe_us", (), case.row.year) if case.load.experts else 0.0
+    return busy + layers * (OPS_PER_LAYER * device.launch_s + experts_us * 1e-6 / spec.k_decode)
 
 
 def _decode_s(case: Case, ask: Ask) -> float:
@@ -107,7 +110,7 @@ def prompt_work(case: Case, n_tokens: int, depth: int) -> tuple[Work, Work]:
     attention = int(4 * load.heads * load.layers * n_tokens * (depth + n_tokens / 2))
     nbytes = load.read_nbytes
     if load.experts:  # a batch meets most experts
-        nbytes *= min(8.0, 1.0 + n_tokens / 16)
+        nbytes = min(load.file_nbytes, nbytes * (1.0 + n_tokens / 16))
     return (
         Work("matmat", load.dtype, int(nbytes), int(load.weights), flops=int(2 * load.weights * n_tokens),
              rows=n_tokens),
@@ -133,7 +136,7 @@ def _prompt_s(case: Case, ask: Ask) -> float:
         total = _pipelined_s(case, ask, total, len(sizes))
     elif case.mode == "rpc":
         total += sum(_rpc_s(case, size) for size in sizes)
-    elif case.mode == "rows":  # every layer waits for all rows twice, pageable
+    elif case.mode == "rows":  # every layer waits for all rows twice
         total += len(specs) * 2 * case.load.layers * test.n * case.load.embd * 4 / 2e9
     return total / test.n
 
@@ -169,5 +172,5 @@ def _offloaded_s(case: Case, ask: Ask) -> float:
     if test.kind == "decode":
         return load.read_nbytes * (case.share / host.gpu_bandwidth + (1 - case.share) / host.cpu_bandwidth)
     batch = min(test.n, test.ubatch)
-    sent = load.read_nbytes * (8.0 if load.experts else 1.0) * (1 - case.share) / host.stream_bandwidth
+    sent = load.file_nbytes * (1 - case.share) / host.stream_bandwidth
     return 2 * load.weights / host.gpu_rate + sent / batch

@@ -26,9 +26,12 @@ MAX_SCALE = 4096
 
 @dataclass(frozen=True, slots=True)
 class ScalePoint:
-    """Rates with `workers` accelerators in `pipelines`: tokens after the prompt and tokens of prompts per second, seconds
-    until all is done, speed-up over the first point and its share per worker, mean share of the time that accelerators
-    and the host compute, the busiest link, and what the simulation itself took (events, seconds)."""
+    """Rates with `workers` accelerators in `pipelines`, and what limits them.
+
+    Tokens after the prompt and tokens of prompts per second; `end_s` when all is done; speed-up over the first point
+    and its share per worker; the mean share of the time that accelerators and the host compute; the busiest link; and
+    what the simulation itself took, in events and seconds.
+    """
 
     workers: int
     pipelines: int
@@ -111,7 +114,9 @@ def run_pipelines(series: Series, pipelines: int, requests: int, *, seed: int = 
     machine = series.machine
     stages, n_programs = len(machine.models) - 1, len(series.programs)
     fabric = _fabric(machine.fabric, stages, pipelines)
-    programs = [_copy(timed, stages, p, pipelines, machine.fabric) for p in range(pipelines) for timed in series.programs]
+    programs = [
+        _copy(timed, stages, p, pipelines, machine.fabric) for p in range(pipelines) for timed in series.programs
+    ]
     jobs = [
         tuple(job._replace(program=job.program + p * n_programs) for job in series.jobs) for p in range(pipelines)
     ]  # fmt: skip
@@ -132,7 +137,6 @@ def _fabric(fabric: Fabric, stages: int, pipelines: int) -> Fabric:
     index = {}
     for p in range(pipelines):
         for (a, b), number in fabric.index.items():
-            route = fabric.routes[number]
             index[_worker(a, stages, p, pipelines), _worker(b, stages, p, pipelines)] = p * len(fabric.routes) + number
         routes += [replace(route, name=f"{route.name} ({p})") if pipelines > 1 else route for route in fabric.routes]
     return Fabric(tuple(routes), index, fabric.capacity, fabric.media)

@@ -19,6 +19,9 @@ GOALS = ("tokens", "first-token", "total")
 STEPS = (8, 4, 2, 1)
 """Layers that a try moves from one device to another."""
 
+GAIN = 1e-3
+"""Relative gain from which one placement is better than another."""
+
 MAX_TRIES = 400
 MAX_ORDERS = 6
 """Orders of the accelerators that are tried; those of alike ones are the same."""
@@ -66,7 +69,7 @@ def search(blueprint: Blueprint, machine: Machine, options: Options, load: Load,
         climb = _Climb(blueprint, reorder(machine, order), options, load, goal, MAX_TRIES - n_tried)
         climb.run()
         n_tried += climb.n_tried
-        if best is None or climb.best_cost < best.best_cost:
+        if best is None or _better(climb.best_cost, best.best_cost):
             best = climb
         if n_tried >= MAX_TRIES:
             break
@@ -131,7 +134,7 @@ class _Climb:
             while moved and self.n_tried < self.tries:
                 moved = False
                 for there in self._moves(here, step):
-                    if self._cost(there) < self.known[here][0]:
+                    if _better(self._cost(there), self.known[here][0]):
                         here, moved = there, True
                         break
 
@@ -176,7 +179,7 @@ class _Climb:
             found = predict(self.series(counts))
             cost = (float(sum(memory.short for memory in found.series.memory)), self._seconds(found))
             self.known[counts] = cost, found
-            if cost < self.best_cost:
+            if _better(cost, self.best_cost):
                 self.best, self.best_cost = counts, cost
         return self.known[counts][0]
 
@@ -192,6 +195,11 @@ class _Climb:
         return make_series(self.blueprint, self.machine, replace(self.options, placement=placement), self.load)
 
 
+def _better(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    """Fewer bytes short, or as few and clearly less time: what differs less than the models are exact is the same."""
+    return one[0] < other[0] or (one[0] == other[0] and one[1] < other[1] * (1 - GAIN))
+
+
 def _limits(climb: _Climb, found: Prediction) -> tuple[Limit, ...]:
     """Which devices could not take a layer more though that would be faster."""
     free = {row.device: row.limit - row.total for row in found.series.memory if row.limit is not None}
@@ -199,7 +207,7 @@ def _limits(climb: _Climb, found: Prediction) -> tuple[Limit, ...]:
     limits: dict[str, Limit] = {}
     for counts, (cost, other) in climb.known.items():
         near = sum(abs(a - b) for a, b in zip(counts, climb.best, strict=True)) <= 2
-        if not (near and cost[0] and cost[1] < base[1]):
+        if not (near and cost[0] and _better((0.0, cost[1]), base)):
             continue
         for row in other.series.short:
             room = free.get(row.device, 0)

@@ -1,4 +1,4 @@
-"""The evaluations of a whole request, planned and timed: images, the prompt in micro-batches, tokens at growing depth."""
+"""The evaluations of a whole request, planned and timed: images, micro-batches of the prompt, tokens at their depth."""
 
 from __future__ import annotations
 

@@ -107,9 +107,8 @@ def point(values: Mapping[str, int], found: Prediction) -> Point:
     shares = [(busy / end if end else 0.0, k) for k, busy in enumerate(found.timeline.route_busy_s)]
     busy, route = max(shares, default=(0.0, -1), key=lambda share: (share[0], -share[1]))
     link = (routes[route].name, busy) if busy else ("", 0.0)
-    return Point(
-        dict(values), found.encode_s, found.first_token_s, found.prompt_rate, found.decode_rate, found.series.short, link
-    )  # fmt: skip
+    rates = found.encode_s, found.first_token_s, found.prompt_rate, found.decode_rate
+    return Point(dict(values), *rates, found.series.short, link)
 
 
 def varied(values: Values) -> Sequence[str]:

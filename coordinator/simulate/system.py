@@ -115,7 +115,7 @@ def _efficiency(table: Table, where: str) -> dict[str, float]:
     for name in found:
         kind, _, label = name.partition(".")
         if kind not in KINDS or (label and label not in _LABELS):
-            raise UsageError(f"{where}: efficiency: {name!r}: expected KIND or KIND.TYPE, KIND one of {', '.join(KINDS)}")
+            raise UsageError(f"{where}: efficiency: {name!r}: expected KIND or KIND.TYPE of {', '.join(KINDS)}")
     return found
 
 

@@ -74,20 +74,21 @@ class RealScheduler:
             out.setdefault(buft_of(device), [word(b + BUFFER_SIZE) for b in chunks])
         return out
 
-    def _chunk_of(self, buffer: int) -> tuple[str, int] | None:
+    def _chunk_places(self) -> dict[int, tuple[str, int]]:
+        """Buffer type and number of each chunk, by its buffer."""
         buffers = word(word(self.sched + GALLOC) + GALLOC_BUFFERS)
+        found: dict[int, tuple[str, int]] = {}
         for k, device in enumerate(self.doc["devices"]):
             vbuffer = word(buffers + 8 * k)
-            if vbuffer:
-                chunks = words(vbuffer, MAX_CHUNKS)
-                if buffer in chunks:
-                    return buft_of(device), chunks.index(buffer)
-        return None
+            for number, buffer in enumerate(words(vbuffer, MAX_CHUNKS) if vbuffer else ()):
+                if buffer:
+                    found.setdefault(buffer, (buft_of(device), number))
+        return found
 
-    def _place(self, tensor: TensorStruct) -> list[Any] | None:
+    def _place(self, tensor: TensorStruct, chunks: dict[int, tuple[str, int]]) -> list[Any] | None:
         if not tensor.buffer:
             return None
-        found = self._chunk_of(tensor.buffer)
+        found = chunks.get(tensor.buffer)
         if found is None:
             name = next(n for n, b in self.world.bufts.items() if b == word(tensor.buffer + BUFFER_BUFT))
             return [name, None, None]
@@ -97,6 +98,7 @@ class RealScheduler:
     def _read(self, graph: RealGraph) -> dict[str, Any]:
         sched = self.sched
         known = {a: i for i, a in enumerate(self.world.backends)}
+        chunks = self._chunk_places()
         copies: dict[str, list[Any] | None] = {}
 
         def label(address: int) -> Any:
@@ -105,7 +107,7 @@ class RealScheduler:
                 return graph.ident[address]
             tensor = TensorStruct.from_address(address)
             name = tensor.name.decode()
-            copies[name] = self._place(tensor)
+            copies[name] = self._place(tensor, chunks)
             return name
 
         backend = {}
@@ -131,7 +133,9 @@ class RealScheduler:
             ],
             "alloc_nodes": ["hold" if n in is_dep else label(n) for n in alloc_nodes],
             "alloc_leafs": [label(n) for n in words(word(sched + ALLOC_LEAFS), int32(sched + ALLOC_N_LEAFS))],
-            "offsets": {str(i): self._place(struct) for i, struct in zip(graph.ids, graph.structs, strict=False)},
+            "offsets": {
+                str(i): self._place(struct, chunks) for i, struct in zip(graph.ids, graph.structs, strict=False)
+            },
             "copies": copies,
             "chunks": self.chunks(),
             "reallocated": self.world.syncs > 0,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -43,8 +42,14 @@ def document(blueprint: Blueprint, number: int, layers: int, **options: Any) -> 
     setting = Setting(found, (None,) * len(found), PlacementOptions(layers), **options)
     graphs = [planned.plan.graph for planned in plan_model(blueprint, setting).graphs if planned.plan is not None]
     assert graphs
-    text = json.dumps(dump_document(found, graphs, op_offload=setting.op_offload, parallel=setting.parallel))
-    return json.loads(text.replace('"UNPAD"', '"ROLL"'))  # type: ignore[no-any-return]
+    doc = dump_document(found, graphs, op_offload=setting.op_offload, parallel=setting.parallel)
+    for device in doc["devices"]:
+        device["unsupported_ops"] = ["ROLL" if op == "UNPAD" else op for op in device["unsupported_ops"]]
+        device["offload_ops"] = ["ROLL" if op == "UNPAD" else op for op in device["offload_ops"]]
+    for tensor in (tensor for graph in doc["graphs"] for tensor in graph["tensors"]):
+        if tensor["op"] == "UNPAD":
+            tensor["op"] = "ROLL"
+    return doc
 
 
 def check(server: RealServer, doc: dict[str, Any]) -> None:

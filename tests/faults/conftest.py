@@ -42,6 +42,6 @@ def long_model(model: Path) -> Path:
 @pytest.fixture(scope="session")
 def warm(model: Path, image: Path) -> None:
     """Kernels and planner are compiled: what is timed from here on does not wait for that."""
-    result = run(["run", "-m", model, "-i", image, "-n", 2, "-q"], patience_s=280)
+    result = run(["run", "-m", model, "-w", "cpu:1,accel:1", "-i", image, "-n", 2, "-q"], patience_s=280)
     assert result.status == 0, result.stderr
     assert result.leftovers == []

@@ -105,13 +105,13 @@ class Job:
             time.sleep(0.001)
         return True
 
-    def finish(self, patience_s: float = PATIENCE_S) -> Result:
-        """Wait for its end, then for its processes and files to be gone."""
+    def finish(self, patience_s: float = PATIENCE_S, *, may_stay: str = "") -> Result:
+        """Wait for its end, then for its processes and files to be gone, but those with `may_stay` in their names."""
         UNFINISHED.discard(self)
         try:
             self.process.wait(patience_s)
             deadline = time.monotonic() + GONE_S
-            while (left := self.leftovers()) and time.monotonic() < deadline:
+            while (left := self.leftovers(may_stay)) and time.monotonic() < deadline:
                 time.sleep(0.005)
             return Result(self.process.returncode, self.stdout(), self.stderr(), left)
         finally:
@@ -122,9 +122,9 @@ class Job:
             self.err.close()
             shutil.rmtree(self.tmp, ignore_errors=True)
 
-    def leftovers(self) -> list[str]:
+    def leftovers(self, may_stay: str = "") -> list[str]:
         """Processes of the session (its leader aside) and files under the temporary directory."""
-        files = [str(path) for path in Path(self.tmp).rglob("*")]
+        files = [str(path) for path in Path(self.tmp).rglob("*") if not (may_stay and may_stay in str(path))]
         return [f"process {pid}" for pid in members(self.pid) if pid != self.pid] + files
 
 

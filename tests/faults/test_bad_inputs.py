@@ -18,6 +18,7 @@ from tests.faults import surgery
 from tests.faults.harness import Result, run
 
 TEXT = ["-p", "hello", "-n", 1, "-q"]
+ONE = ["-w", "cpu:1"]  # workers are started while files are read: no more of them than needed
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,11 @@ def case(function: Case) -> Case:
 
 
 def of_model(path: Path, *words: str) -> Bad:
-    return Bad(["run", "-m", path, *TEXT], 3, words)
+    return Bad(["run", "-m", path, *ONE, *TEXT], 3, words)
 
 
 def of_image(bench: Bench, path: Path, *words: str) -> Bad:
-    return Bad(["run", "-m", bench.model, "-i", path, "-q"], 4, (path.name, *words))
+    return Bad(["run", "-m", bench.model, *ONE, "-i", path, "-q"], 4, (path.name, *words))
 
 
 def of_use(bench: Bench, *arguments: object, words: tuple[str, ...], status: int = 2) -> Bad:
@@ -220,23 +221,24 @@ def image_is_huge(b: Bench) -> Bad:
 
 @case
 def prompt_is_beyond_the_context(b: Bench) -> Bad:
-    return Bad(["run", "-m", b.model, "--raw", "-p", "word " * 300, "-c", 64, "-q"], 5, ("tokens", "context of 64"))
+    arguments = ["run", "-m", b.model, *ONE, "--raw", "-p", "word " * 300, "-c", 64, "-q"]
+    return Bad(arguments, 5, ("tokens", "context of 64"))
 
 
 @case
 def prompt_has_no_room_for_an_image(b: Bench) -> Bad:
-    arguments = ["run", "-m", b.model, "--raw", "-p", "no place", "-i", b.image, "-q"]
+    arguments = ["run", "-m", b.model, *ONE, "--raw", "-p", "no place", "-i", b.image, "-q"]
     return Bad(arguments, 4, ("0 <|image|> tokens", "1 image"))
 
 
 @case
 def nothing_is_asked(b: Bench) -> Bad:
-    return Bad(["run", "-m", b.model, "-q"], 2, ("--prompt", "--image"))
+    return Bad(["run", "-m", b.model, *ONE, "-q"], 2, ("--prompt", "--image"))
 
 
 @case
 def context_is_beyond_the_models(b: Bench) -> Bad:
-    return of_use(b, "-c", 1 << 20, words=("--ctx-size 1048576", "trained"))
+    return of_use(b, *ONE, "-c", 1 << 20, words=("--ctx-size 1048576", "trained"))
 
 
 # ---- devices and placement
@@ -286,6 +288,36 @@ def topology_has_no_cpu(b: Bench) -> Bad:
 
 
 @case
+def topology_and_workers(b: Bench) -> Bad:
+    path = b.written("machines.toml", b'[[worker]]\nkind = "cpu"\n')
+    return of_use(b, "--topology", path, "-w", "cpu:2", words=("--workers cpu:2", "--topology"))
+
+
+@case
+def topology_and_threads(b: Bench) -> Bad:
+    path = b.written("machines.toml", b'[[worker]]\nkind = "cpu"\n')
+    return of_use(b, "--topology", path, "-t", 2, words=("--threads 2", "--topology"))
+
+
+@case
+def topology_and_workers_of_a_plan(b: Bench) -> Bad:
+    path = b.written("machines.toml", b'[[worker]]\nkind = "cpu"\n')
+    return Bad(["plan", b.model, "--topology", path, "-w", "cpu:2"], 2, ("--workers cpu:2", "--topology"))
+
+
+@case
+def override_matches_nothing(b: Bench) -> Bad:
+    words = ("--override-tensor ffn_upp=accel0", "matches none of the model's 158 weights")
+    return Bad(["plan", b.model, "-ot", "ffn_upp=accel0"], 2, words)
+
+
+@case
+def prompt_names_another_number_of_images(b: Bench) -> Bad:
+    arguments = ["run", "-m", b.model, *ONE, "-p", "<|image|> or <|image|>?", "-i", b.image, "-q"]
+    return Bad(arguments, 4, ("2 <|image|>", "1 images"))
+
+
+@case
 def accelerator_is_too_small(b: Bench) -> Bad:
     return of_use(b, "-w", "cpu:1,accel:1:64KiB", words=("accel0", "needs", "65,536", "short"), status=5)
 
@@ -302,7 +334,7 @@ def port_is_out_of_range(b: Bench) -> Bad:
 def temporary_directory_is_too_long(b: Bench) -> Bad:
     deep = b.here / ("x" * 100)
     deep.mkdir()
-    return Bad(["run", "-m", b.model, *TEXT], 2, ("107", "TMPDIR"), {"TMPDIR": str(deep)})
+    return Bad(["run", "-m", b.model, *ONE, *TEXT], 2, ("107", "TMPDIR"), {"TMPDIR": str(deep)})
 
 
 @case
@@ -335,7 +367,7 @@ def number_is_none(b: Bench) -> Bad:
 
 @case
 def output_is_full(b: Bench) -> Bad:
-    return of_use(b, words=("No space left",), status=4)
+    return of_use(b, *ONE, words=("No space left",), status=4)
 
 
 # Two at a time: most of each is the start of an interpreter.

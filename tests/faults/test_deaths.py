@@ -23,11 +23,12 @@ def _tidy() -> Iterator[None]:
 
 
 INTERRUPTED = "crossdock: interrupted   [exit 130]"
+WORKERS = ["-w", "cpu:1,accel:1"]
 
 
 def decoding(model: Path, *more: object) -> list[object]:
     """Arguments of a run that generates text for minutes."""
-    return ["run", "-m", model, "-p", "hello", "--raw", "-n", 30000, "-c", 32768, "-q", *more]
+    return ["run", "-m", model, *WORKERS, "-p", "hello", "--raw", "-n", 30000, "-c", 32768, "-q", *more]
 
 
 def is_reading(job: Job) -> bool:
@@ -41,12 +42,12 @@ def is_reading(job: Job) -> bool:
 
 
 def has_workers(job: Job) -> bool:
-    return len(job.workers()) == 3
+    return len(job.workers()) == 2
 
 
 def is_loading(job: Job) -> bool:
     """The workers have said hello: their sockets are there."""
-    return has_workers(job) and len(list(Path(job.tmp).glob("*/*.sock"))) >= 4
+    return has_workers(job) and len(list(Path(job.tmp).glob("*/*.sock"))) >= 3
 
 
 def is_decoding(job: Job) -> bool:
@@ -67,8 +68,8 @@ SLOW = pytest.mark.slow
 def test_killed_worker(stage: str, long_model: Path) -> None:
     job = Job(decoding(long_model))
     assert job.wait_until(lambda: STAGES[stage](job)), job.stderr()
-    os.kill(job.workers()["accel1"], signal.SIGKILL)
-    line = job.finish().check(6, "accel1 was killed by SIGKILL", "out of memory?")
+    os.kill(job.workers()["accel0"], signal.SIGKILL)
+    line = job.finish().check(6, "accel0 was killed by SIGKILL", "out of memory?")
     if stage == "decoding":
         assert " the language graph" in line
 
@@ -76,12 +77,12 @@ def test_killed_worker(stage: str, long_model: Path) -> None:
 @SLOW
 def test_killed_worker_while_encoding(model: Path, image: Path) -> None:
     """Many evaluations of the vision graph, so that there is time to hit one."""
-    job = Job(["run", "-m", model, *["-i", image] * 40, "-n", 1, "-q", "--ubatch", 8])
+    job = Job(["run", "-m", model, *WORKERS, *["-i", image] * 40, "-n", 1, "-q", "--ubatch", 8])
     try:
-        job.wait_until(lambda: len(list(Path(job.tmp).glob("*/*.sock"))) >= 4)
+        job.wait_until(lambda: is_loading(job))
         worker = job.workers()["cpu0"]
         busy = ticks(worker)
-        job.wait_until(lambda: ticks(worker) > busy + 15)
+        job.wait_until(lambda: ticks(worker) > busy + 2)
         os.kill(worker, signal.SIGKILL)
     finally:
         result = job.finish()
@@ -196,31 +197,33 @@ def test_impatient_interrupts(long_model: Path) -> None:
     assert (result.status, result.stderr.splitlines(), result.leftovers) == (130, [INTERRUPTED], [])
 
 
-MOMENTS = 15
+MOMENTS = int(os.environ.get("FAULT_MOMENTS", "8"))
+"""Moments per signal; a long run takes 100."""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_any_moment(number: signal.Signals, model: Path, image: Path) -> None:
     """Moments spread evenly over a whole life, from the first handler to the last line."""
-    arguments = ["run", "-m", model, "-i", image, "-n", 20, "-q"]
+    arguments = ["run", "-m", model, *WORKERS, "-i", image, "-n", 20, "-q"]
     job = Job(arguments)
     job.wait_until(lambda: is_reading(job))
     began = time.monotonic()
     assert job.finish().status == 0
     life = time.monotonic() - began
-    for moment in range(MOMENTS):
+    may_stay = "/crossdock-run-" if number == signal.SIGKILL else ""  # nobody is left to remove it: the next run does
+    for k in range(MOMENTS):
+        moment = life * (k + number / 16) / MOMENTS  # each signal at moments of its own
         job = Job(arguments)
         job.wait_until(lambda: is_reading(job))  # noqa: B023
-        time.sleep(life * moment / MOMENTS)
+        time.sleep(moment)
         os.killpg(job.pid, number)
-        result = job.finish()
-        where = f"{number.name} after {life * moment / MOMENTS:.3f} of {life:.3f} s: {result}"
-        if number == signal.SIGKILL:  # without workers nobody is left to remove the directory: the next run does
-            assert [left for left in result.leftovers if "/crossdock-run-" not in left] == [], where
+        result = job.finish(may_stay=may_stay)
+        where = f"{number.name} after {moment:.3f} of {life:.3f} s: {result}"
+        assert result.leftovers == [], where
+        if number == signal.SIGKILL:
             assert (result.status, result.stderr) in ((0, ""), (-9, "")), where
             continue
-        assert result.leftovers == [], where
         if result.status == 0:  # it was faster this time
             continue
         assert (result.status, result.stderr.splitlines()) == (130, [INTERRUPTED]), where

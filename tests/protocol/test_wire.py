@@ -28,7 +28,7 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
         return st.lists(values(get_args(hint)[0]), max_size=4).map(tuple)
     if dataclasses.is_dataclass(hint):
         return st.builds(hint, **{name: values(h) for name, h in get_type_hints(hint).items()})
-    return {int: st.integers(-(1 << 63), (1 << 63) - 1), str: TEXT}[hint]
+    return {int: st.integers(-(1 << 63), (1 << 63) - 1), str: TEXT, bool: st.booleans()}[hint]
 
 
 MESSAGES = st.sampled_from(sorted(m.KINDS)).flatmap(lambda kind: values(m.KINDS[kind]))

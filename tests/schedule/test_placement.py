@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from coordinator.schedule.placement import Placement, PlacementOptions, plan_placement
+from coordinator.schedule.placement import Placement, PlacementOptions, check_overrides, plan_placement
 from coordinator.schedule.plan import Device
 from protocol.errors import UsageError
 
@@ -72,3 +72,12 @@ def test_what_cannot_be_meant(accelerators: int, options: PlacementOptions, word
     with pytest.raises(UsageError, match=r".*") as caught:
         place(4, accelerators, options)
     assert words in str(caught.value)
+
+
+def test_an_override_has_to_match_a_weight() -> None:
+    names = ["token_embd.weight", "blk.0.ffn_up.weight", "blk.0.ffn_down.weight", "output.weight"]
+    check_overrides(PlacementOptions(overrides=(("ffn_(up|down)", "GPU0"), ("^output", "CPU"))), names)
+    for pattern in ("ffn_upp", "^ffn", "cache_k"):
+        options = PlacementOptions(overrides=(("ffn", "GPU0"), (pattern, "CPU")))
+        with pytest.raises(UsageError, match=r"matches none of the model's 4 weights, .*like token_embd"):
+            check_overrides(options, names)

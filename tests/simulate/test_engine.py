@@ -123,7 +123,9 @@ def test_a_slow_link_leaves_its_share_to_the_others() -> None:
     """Over a switch of 1 GB/s a link of 200 MB/s takes what it can, the other two share 800: 400 MB/s each. At 1000 us
     those have 400 kB of 400 kB; the slow one has 200 kB of 1 MB and needs 4000 us more."""
     fabric = shared(3, 1e9, (0.2e9, 1e9, 1e9))
-    timeline = simulate((True,) * 4, fabric, [spread([0, 0, 0], [MB, 400_000, 400_000])], [[Job(0)]], check=True, record=True)
+    timeline = simulate(
+        (True,) * 4, fabric, [spread([0, 0, 0], [MB, 400_000, 400_000])], [[Job(0)]], check=True, record=True
+    )
     assert [us(c.left) for c in timeline.carried] == [1000, 1000, 5000]
 
 

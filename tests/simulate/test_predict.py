@@ -34,7 +34,7 @@ def run(blueprint: Blueprint, on: Machine, load: Load = TEXT, **options: object)
 
 def test_single_device_decode_follows_the_law(model: Blueprint) -> None:
     """t = W / (eb bandwidth) + weights / q + KV / (ekv bandwidth) + layers x c, within a few percent."""
-    found = run(model, machine(gpu("gpu0")), Load(n_prompt=3840, n_predict=64, n_images=0))
+    found = run(model, machine(gpu("gpu0")), Load(n_prompt=3840, n_predict=64, n_images=0, n_ubatch=3840))
     weights = sum(m.parts["weights"] for m in found.series.memory if m.device == "gpu0")
     law = weights / (0.875 * 1000e9) + 7.5e9 / 15.8e12
     law += 32 * 2 * 4096 * 1024 * 2 / (0.36 * 1000e9) + 32 * 19 * 1.5e-6
@@ -42,20 +42,21 @@ def test_single_device_decode_follows_the_law(model: Blueprint) -> None:
 
 
 def test_prompt_follows_the_law(model: Blueprint) -> None:
-    """t = FLOPs / R + W / (0.8 bandwidth); attention and what is done value by value come on top of it."""
+    """t = FLOPs / R + attention FLOPs / Ra + W / (0.8 bandwidth) + layers x c, and what is done value by value."""
     found = run(model, machine(gpu("gpu0")))
     weights = sum(m.parts["weights"] for m in found.series.memory if m.device == "gpu0")
     layers = 7.5e9 - 128256 * 4096  # logits are computed for the last token alone
     law = 2 * 512 * layers / 150e12 + weights / (0.8 * 1000e9)
-    assert law < found.first_token_s < 1.2 * law
+    law += 32 * 4 * 512 * 512 * 4096 / 60e12 + 32 * 19 * 1.5e-6
+    assert law < found.first_token_s < 1.15 * law
 
 
 def test_a_second_card_costs_a_hop_and_saves_nothing_for_one_request(model: Blueprint) -> None:
     """Two alike cards by layers: the same time and 200 us, as published layer splits show."""
     one, two = run(model, machine(gpu("gpu0"))), run(model, machine(gpu("gpu0"), gpu("gpu1")))
     assert 1 / two.decode_rate - 1 / one.decode_rate == pytest.approx(200e-6 + 15e-6, abs=30e-6)
-    both = run(model, machine(gpu("gpu0"), gpu("gpu1")), replace(TEXT, n_requests=2))
-    assert 1.8 < both.decode_rate / one.decode_rate < 2.0
+    both = run(model, machine(gpu("gpu0"), gpu("gpu1")), replace(TEXT, n_requests=2, n_predict=64))
+    assert 1.7 < both.decode_rate / one.decode_rate < 2.0
 
 
 def test_a_remote_costs_its_fixed_time_once_per_token(small: Blueprint) -> None:
@@ -64,13 +65,13 @@ def test_a_remote_costs_its_fixed_time_once_per_token(small: Blueprint) -> None:
     extra = 5.5e-3 + 2 * 50e-6 + 49152 * 4 / 1.15e9
     assert 1 / far.decode_rate - 1 / near.decode_rate == pytest.approx(extra, rel=0.02)
     phase = far.phases[-1]
-    assert causes(phase.path)[0].kind == "latency"
+    assert causes(phase.path)[0].kind == "fixed"
 
 
-def test_micro_batches_overlap_with_copies_of_the_inputs(model: Blueprint) -> None:
-    load = Load(n_prompt=4096, n_predict=0, n_images=0)
+def test_micro_batches_overlap_with_copies_of_the_inputs(small: Blueprint) -> None:
+    load = Load(n_prompt=2048, n_predict=0, n_images=0, n_ubatch=256)
     cards = machine(gpu("gpu0"), gpu("gpu1"))
-    plain, overlapped = run(model, cards, load), run(model, cards, load, parallel=True)
+    plain, overlapped = run(small, cards, load), run(small, cards, load, parallel=True)
     assert 1.5 < plain.first_token_s / overlapped.first_token_s < 2.0
 
 
@@ -93,7 +94,8 @@ def test_more_sequences_in_a_batch_share_the_weights(small: Blueprint) -> None:
 
 
 def test_depth_makes_tokens_slower(small: Blueprint) -> None:
-    rates = [run(small, machine(gpu("gpu0")), replace(TEXT, n_prompt=n)).decode_rate for n in (128, 2048, 8000)]
+    loads = [replace(TEXT, n_prompt=n, n_ubatch=n) for n in (128, 2048, 8000)]
+    rates = [run(small, machine(gpu("gpu0")), load).decode_rate for load in loads]
     assert rates[0] > rates[1] > rates[2]
 
 

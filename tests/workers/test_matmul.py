@@ -229,7 +229,7 @@ def digest() -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("without", ["f16c", "avx2", "avx2,fma,f16c"])
+@pytest.mark.parametrize("without", ["vnni", "f16c", "avx2", "avx2,fma,f16c"])
 def test_same_bits_without_cpu_features(without: str) -> None:
     environ = {k: v for k, v in os.environ.items() if not k.startswith("NUMBA_CPU")}
     environ["CROSSDOCK_DISABLE"] = without

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from llvmlite import ir
-from numba import njit, types
-
 from protocol.dtypes import DType
 from workers.kernels import row
 from workers.kernels.emit import F32, I32, I64, const, load
+from workers.kernels.jit import ir, njit, types
 from workers.kernels.simd import (
     load_bf16,
     load_bf16x8,

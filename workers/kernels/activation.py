@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
 
 from protocol.ops import GluOp, Op, UnaryOp
 from workers.kernels import row
@@ -27,6 +26,7 @@ from workers.kernels.access import (
     word,
 )
 from workers.kernels.emit import call, const, f32x8, fma, larger, smaller
+from workers.kernels.jit import ir
 from workers.kernels.loops import Step, loops
 from workers.kernels.stage import Operand, Stage, kernel
 from workers.kernels.vecmath import (

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numba import njit
 
 from protocol.dtypes import DType
 from protocol.ops import Op
@@ -20,6 +19,7 @@ from workers.kernels.attentiontiles import (
     pack_keys,
     pack_values,
 )
+from workers.kernels.jit import njit
 from workers.kernels.simd import (
     add_f32x8,
     less_f32x8,

@@ -5,13 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import njit, types
-from numba.core import cgutils
 
 from protocol.dtypes import DType
 from workers.kernels.access import INNER, read_float
 from workers.kernels.emit import F32, I64, const, f32x8, fma, i16x8, load, shuffle, splat, store, widen_half
+from workers.kernels.jit import cgutils, ir, njit, types
 from workers.kernels.simd import load_f16x8, load_f32x8, make, store_f32, store_f32x8, zero_f32x8
 
 KEYS = 64

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from numba import njit
-
 from protocol.dtypes import DType
 from protocol.ops import Op
 from workers.kernels import row
@@ -24,6 +22,7 @@ from workers.kernels.access import (
     stride,
     word,
 )
+from workers.kernels.jit import njit
 from workers.kernels.simd import (
     load_i8x32,
     load_i64,

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from numba import float32, int64, njit, types
-
 from protocol.dtypes import DType
 from workers.kernels.access import INNER
 from workers.kernels.emit import I8, I64, load
+from workers.kernels.jit import float32, int64, njit, types
 from workers.kernels.simd import address, load_f16, load_i8, load_u32, make, store_f32
 
 TYPES = frozenset(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numba import njit
 
 from protocol.ops import Op
 from workers.kernels import row
@@ -26,6 +25,7 @@ from workers.kernels.access import (
     stride,
     word,
 )
+from workers.kernels.jit import njit
 from workers.kernels.loops import loops
 from workers.kernels.simd import splat_f32x8, store_f32, store_f32x8
 from workers.kernels.stage import Operand, Stage, kernel

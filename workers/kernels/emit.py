@@ -7,15 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from llvmlite import ir
-
-from workers.kernels.features import HAVE_AVX2, HAVE_F16C, configure_cache
-
-configure_cache()
-
-from numba import types  # noqa: E402  (where numba caches is settled above)
-from numba.core import cgutils  # noqa: E402
-from numba.extending import models, register_model  # noqa: E402
+from workers.kernels.features import HAVE_AVX2, HAVE_F16C, HAVE_VNNI
+from workers.kernels.jit import cgutils, ir, models, register_model, types
 
 I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
@@ -207,6 +200,13 @@ def multiply_shorts(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
         for lanes in (even, odd)
     ]
     return b.add(*products)
+
+
+def add_products(b: ir.IRBuilder, total: ir.Value, x: ir.Value, y: ir.Value) -> ir.Value:
+    """i32x8: total + the products of four bytes each, x (i8x32) unsigned, y (i8x32) signed; only with HAVE_VNNI."""
+    assert HAVE_VNNI
+    lanes = [total, b.bitcast(x, i32x8.ir), b.bitcast(y, i32x8.ir)]  # as LLVM had it before 22; it reads that, too
+    return call(b, "llvm.x86.avx512.vpdpbusd.256", i32x8.ir, lanes)
 
 
 def apply_sign(b: ir.IRBuilder, x: ir.Value, by: ir.Value) -> ir.Value:

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-import llvmlite.binding as llvm
-
 from protocol.features import disabled
+from workers.kernels import image
 
 KNOWN = ("avx2", "fma", "f16c")
 """Features that kernels have special code for. `CROSSDOCK_DISABLE=avx2,f16c` does without; results stay the same."""
 
+MORE = ("vnni",)
+"""The same, on top of all of KNOWN."""
+
+_OF_LLVM = {"vnni": ("avx512vnni", "avxvnni")}
 _COMPILED = re.compile(r"@kernel|njit|IRBuilder")
 _IMPORT = re.compile(r"^from workers\.kernels(?:\.([\w.]+) import|\s+import ([\w ,]+))", re.MULTILINE)
-_OURS = re.compile(r"crossdock-[0-9a-f]{12}-[a-z0-9-]+")
 
 
 def detect(environ: Mapping[str, str] = os.environ) -> frozenset[str]:
-    """Features of KNOWN that the CPU has, numba may generate code for, and nobody switched off."""
+    """Features of KNOWN and MORE that the CPU has, numba may generate code for, and nobody switched off."""
     if environ.get("NUMBA_CPU_FEATURES"):
         present = {f[1:] for f in environ["NUMBA_CPU_FEATURES"].split(",") if f.startswith("+")}
         present -= {f[1:] for f in environ["NUMBA_CPU_FEATURES"].split(",") if f.startswith("-")}
@@ -33,11 +33,16 @@ def detect(environ: Mapping[str, str] = os.environ) -> frozenset[str]:
         present = set()
     else:
         present = {name for name, on in _host().items() if on}
-    return frozenset(KNOWN) & present - disabled(environ)
+    if {"avx512vnni", "avx512vl"} <= present or "avxvnni" in present:
+        present.add("vnni")
+    usable = frozenset((*KNOWN, *MORE)) & present - disabled(environ)
+    return usable if usable >= set(KNOWN) else usable - set(MORE)
 
 
 @functools.cache
 def _host() -> dict[str, bool]:
+    import llvmlite.binding as llvm  # no image needs it
+
     try:
         return dict(llvm.get_host_cpu_features())
     except RuntimeError:  # a CPU that LLVM cannot ask
@@ -51,15 +56,15 @@ def configure_cache() -> Path:
     also in a child process that inherited the environment, changes nothing. Features that are switched off are
     withheld from LLVM as well.
     """
-    base = Path(os.environ.get("NUMBA_CACHE_DIR") or _user_cache())
-    if _OURS.fullmatch(base.name):
-        base = base.parent
-    chosen = base / f"crossdock-{_digest()}-{'-'.join(sorted(detect())) or 'portable'}"
+    chosen = image.cache_directory() / f"crossdock-{_digest()}-{'-'.join(sorted(detect())) or 'portable'}"
     settings = {"CACHE_DIR": str(chosen)}
-    withheld = disabled() & set(KNOWN)
+    withheld = disabled() & {*KNOWN, *MORE}
     if withheld and not os.environ.get("NUMBA_CPU_NAME") and _host():
-        own = [f"{'+' if on else '-'}{name}" for name, on in sorted(_host().items()) if name not in withheld]
-        settings["CPU_FEATURES"] = ",".join(own + [f"-{name}" for name in sorted(withheld)])
+        import llvmlite.binding as llvm
+
+        names = {real for name in withheld for real in _OF_LLVM.get(name, (name,))}
+        own = [f"{'+' if on else '-'}{name}" for name, on in sorted(_host().items()) if name not in names]
+        settings["CPU_FEATURES"] = ",".join(own + [f"-{name}" for name in sorted(names)])
         settings["CPU_NAME"] = llvm.get_host_cpu_name()
     for name, value in settings.items():
         os.environ[f"NUMBA_{name}"] = value
@@ -94,17 +99,6 @@ def _digest() -> str:
     return digest.hexdigest()[:12]
 
 
-def _user_cache() -> Path:
-    """A directory that only this user writes to, since numba runs what it finds there."""
-    for home in (os.environ.get("XDG_CACHE_HOME"), Path.home() / ".cache"):
-        if home:
-            chosen = Path(home) / "crossdock"
-            with contextlib.suppress(OSError):
-                chosen.mkdir(mode=0o700, parents=True, exist_ok=True)
-                return chosen
-    return Path(tempfile.mkdtemp(prefix="crossdock-cache-"))
-
-
-HAVE = detect()
-"""The features this process uses, settled at import."""
-HAVE_AVX2, HAVE_F16C = "avx2" in HAVE, "f16c" in HAVE
+HAVE = frozenset() if image.loaded() else detect()
+"""The features for which this process compiles code, settled at import; an image was made for its own."""
+HAVE_AVX2, HAVE_F16C, HAVE_VNNI = "avx2" in HAVE, "f16c" in HAVE, "vnni" in HAVE

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numba import njit
 
 from protocol.dtypes import DType
 from protocol.ops import Op
@@ -25,6 +24,7 @@ from workers.kernels.access import (
     write_float,
 )
 from workers.kernels.copy import copy_stage, move
+from workers.kernels.jit import njit
 from workers.kernels.simd import (
     add_f32x8,
     load_f32,

@@ -8,11 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-
 from workers.kernels.emit import I32, I64, const, f32x8, load, load_part, splat, store, store_part
+from workers.kernels.jit import cgutils, ir, types
 from workers.kernels.simd import address, make
 
 Step = Callable[[ir.IRBuilder, ir.Value, ir.Value, ir.Value, ir.Value], ir.Value]

@@ -9,11 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from llvmlite import ir
-from numba import njit, types
-from numba.core import cgutils
-from numba.extending import intrinsic
-
 from protocol.dtypes import DType
 from workers.kernels import row as words
 from workers.kernels.access import extent, row_address, share, stride
@@ -32,6 +27,7 @@ from workers.kernels.emit import (
     widen_bfloat,
     widen_half,
 )
+from workers.kernels.jit import cgutils, intrinsic, ir, njit, types
 from workers.kernels.matlanes import clamped_row, reduce_rows, store_rows
 from workers.kernels.stage import OPTIONS, Kernel, kernel
 

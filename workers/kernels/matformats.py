@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from llvmlite import ir
-
 from protocol.dtypes import DType
 from workers.kernels.emit import I32, const, i8x16, i8x32, i16x16, i32x4, i32x8, load, shuffle, splat
+from workers.kernels.features import HAVE_VNNI
+from workers.kernels.jit import ir
 
 Activation = Literal["q8_0", "q8_1", "q8_K"]
 """What the other side is quantised to, as in ggml; see quantize_rows.py for how it lies in scratch memory."""
@@ -51,8 +51,8 @@ class Format:
 
     @property
     def signed(self) -> bool:
-        """True when quants are signed bytes."""
-        return self.dtype == DType.Q8_0
+        """True when quants are signed bytes: where bytes are multiplied four at a time, they are moved up by 128."""
+        return self.dtype == DType.Q8_0 and not HAVE_VNNI
 
 
 FORMATS: dict[int, Format] = {
@@ -62,7 +62,7 @@ FORMATS: dict[int, Format] = {
         Format(DType.Q4_1, "q8_1", scale=0, floor=2, quants=4, zero=0, span=8, subs=0),
         Format(DType.Q5_0, "q8_0", scale=0, floor=-1, high=2, quants=6, zero=16, span=4, subs=0),
         Format(DType.Q5_1, "q8_1", scale=0, floor=2, high=4, quants=8, zero=0, span=4, subs=0),
-        Format(DType.Q8_0, "q8_0", scale=0, floor=-1, quants=2, zero=0, span=1, subs=0),
+        Format(DType.Q8_0, "q8_0", scale=0, floor=-1, quants=2, zero=128 if HAVE_VNNI else 0, span=1, subs=0),
         Format(DType.Q4_K, "q8_K", scale=0, floor=2, scales=4, quants=16, zero=0, span=8, subs=8),
         Format(DType.Q5_K, "q8_K", scale=0, floor=2, scales=4, high=16, quants=48, zero=0, span=4, subs=8),
         Format(DType.Q6_K, "q8_K", scale=208, floor=-1, quants=0, high=128, scales=192, zero=32, span=2, subs=16),
@@ -74,7 +74,8 @@ FORMATS: dict[int, Format] = {
 def unpack_quants(b: ir.IRBuilder, form: Format, where: ir.Value) -> list[ir.Value]:
     """The block at `where` as vectors of 32 bytes, in the order of its elements."""
     if form.dtype == DType.Q8_0:
-        return [load(b, where, i8x32.ir, form.quants)]
+        quants = load(b, where, i8x32.ir, form.quants)
+        return [quants if form.signed else b.xor(quants, const(i8x32.ir, -128))]
     if form.dtype == DType.Q6_K:
         return [v for half in (0, 1) for v in _six_bits(b, form, where, half)]
     if form.subs:

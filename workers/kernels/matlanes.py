@@ -9,10 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
-
 from workers.kernels.emit import (
     F32,
     I32,
@@ -31,9 +27,11 @@ from workers.kernels.emit import (
     store,
     store_part,
 )  # fmt: skip
+from workers.kernels.features import HAVE_VNNI
+from workers.kernels.jit import intrinsic, ir, types
 from workers.kernels.matformats import FORMATS, Format
 
-ROWS, COLUMNS = 8, 4
+ROWS, COLUMNS = 8, 8 if HAVE_VNNI else 4
 """Of a tile."""
 
 Values = list[ir.Value]

@@ -44,8 +44,8 @@ def _quantised(weights: Operand, columns: Operand, threads: int) -> tuple[Stage,
     panel = panel_nbytes(form, k) if many else 0
     work = activations + threads * panel
     aux = (column_nbytes(form.activation, k), activations, panel)
-    quantise = Stage(QUANTIZE[form.activation], work, barrier=True, aux=aux)
-    return quantise, Stage(matquants.PRODUCTS[weights.dtype][many], work, barrier=True, aux=aux)
+    quantise = Stage(QUANTIZE[form.activation], work, aux, makes=activations)
+    return quantise, Stage(matquants.PRODUCTS[weights.dtype][many], work, aux, takes=activations)
 
 
 def _fits(dst: Operand, weights: Operand, columns: Operand) -> bool:

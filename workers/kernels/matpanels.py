@@ -1,4 +1,4 @@
-"""Products of quantised weights with four columns of activations, from a packed panel, as LLVM code.
+"""Products of quantised weights with a few columns of activations, from a packed panel, as LLVM code.
 
 A panel holds eight rows. Per block: quants [chunk][8][8 rows][4 bytes], scale [8 rows] f32, floor [8 rows] f32 where
 the format has one; K formats then have their sub-block scales [sub][8 rows][2] i16, each twice, and factors of the sums
@@ -7,13 +7,13 @@ of sixteen activations [8 pairs][8 rows][2] i16.
 
 from __future__ import annotations
 
-from llvmlite import ir
-from numba.core import cgutils
+from collections.abc import Callable
 
 from workers.kernels.emit import (
     I16,
     I32,
     I64,
+    add_products,
     const,
     f32x8,
     i8x32,
@@ -27,6 +27,8 @@ from workers.kernels.emit import (
     store,
     widen_half,
 )  # fmt: skip
+from workers.kernels.features import HAVE_VNNI
+from workers.kernels.jit import cgutils, ir
 from workers.kernels.matformats import Format, unpack_quants, unpack_scales
 from workers.kernels.matlanes import (
     COLUMNS,
@@ -39,6 +41,9 @@ from workers.kernels.matlanes import (
     multiply,
     store_rows,
 )
+
+Quants = Callable[[int], ir.Value]
+"""Vector j of eight: bytes 4 * j to 4 * j + 3 of 32 quants, for eight rows."""
 
 
 def panel_block_nbytes(form: Format) -> int:
@@ -66,7 +71,7 @@ def transpose(b: ir.IRBuilder, rows: Values) -> Values:
     return low + [shuffle(b, half[k], half[4 + k], [4, 5, 6, 7, 12, 13, 14, 15]) for k in range(4)]
 
 
-def _gather_halves(b: ir.IRBuilder, rows: Values, offset: int) -> ir.Value:
+def gather_halves(b: ir.IRBuilder, rows: Values, offset: int) -> ir.Value:
     """An F16 at `offset` from each of eight addresses, as f32x8."""
     halves: ir.Value = ir.Constant(i16x8.ir, ir.Undefined)
     for r, row in enumerate(rows):
@@ -94,7 +99,7 @@ def _pack_rows(
             chunk_to = b.add(to, b.mul(inner.index, const(I64, 256)))
             for j, v in enumerate(transpose(b, vectors)):
                 store(b, v, chunk_to, 32 * j)
-        factors = [_gather_halves(b, here, at) for at in (form.scale, form.floor) if at >= 0]
+        factors = [gather_halves(b, here, at) for at in (form.scale, form.floor) if at >= 0]
         if form.subs:
             pairs = [b.load(cgutils.gep_inbounds(b, scales, 0, r)) for r in range(ROWS)]
             factors += _spread_scales(b, form, transpose(b, pairs))
@@ -135,15 +140,20 @@ def _dot_panel(
         store_rows(b, b.load(totals[c]), clamped_row(b, out, const(I64, c), out_stride, columns), count)
 
 
-def _chunk_tile(b: ir.IRBuilder, form: Format, quants: ir.Value, cols: Values, scales: Values) -> Values:
-    """Integer sums of 32 elements for eight rows and four columns; `scales` are one or two vectors of i16."""
-    sums: list[ir.Value | None] = [None] * COLUMNS
-    shorts: list[ir.Value | None] = [None] * COLUMNS
+def chunk_tile(b: ir.IRBuilder, form: Format, quants: Quants, cols: Values, scales: Values) -> Values:
+    """Integer sums of 32 elements for eight rows and the columns at `cols`.
+
+    `quants(j)` is i8x32 [8 rows][4 bytes]; `scales` are i16x16 [8 rows][2], one or two for the chunk, none for 1.
+    """
+    if HAVE_VNNI:
+        return _chunk_of_fours(b, quants, cols, scales)
+    scales = scales or [const(i16x16.ir, 1)]
+    sums: list[ir.Value | None] = [None] * len(cols)
+    shorts: list[ir.Value | None] = [None] * len(cols)
     for j in range(8):
-        x = load(b, quants, i8x32.ir, 32 * j)
+        x = quants(j)
         for c, column in enumerate(cols):
-            y = b.bitcast(splat(b, load(b, column, I32, 4 * j), i32x8.ir), i8x32.ir)
-            product, before = multiply(b, form, x, y), shorts[c]
+            product, before = multiply(b, form, x, _four_bytes(b, column, j)), shorts[c]
             shorts[c] = product if before is None else b.add(before, product)
             if (j + 1) % form.span == 0:
                 more, sofar = multiply_shorts(b, shorts[c], scales[j * len(scales) // 8]), sums[c]
@@ -152,12 +162,37 @@ def _chunk_tile(b: ir.IRBuilder, form: Format, quants: ir.Value, cols: Values, s
     return sums
 
 
+def _chunk_of_fours(b: ir.IRBuilder, quants: Quants, cols: Values, scales: Values) -> Values:
+    """`chunk_tile`, four bytes at a time. Both of a row's i16 are its scale: the upper one is the scale as i32."""
+    factors = [b.ashr(b.bitcast(scale, i32x8.ir), const(i32x8.ir, 16)) for scale in scales]
+    sums: list[ir.Value | None] = [None] * len(cols)
+    totals: Values = [const(i32x8.ir, 0) for _ in cols]
+    for j in range(8):
+        x = quants(j)
+        for c, column in enumerate(cols):
+            totals[c] = add_products(b, totals[c], x, _four_bytes(b, column, j))
+            if scales and (j + 1) % (8 // len(scales)) == 0:
+                more, sofar = b.mul(totals[c], factors[j * len(scales) // 8]), sums[c]
+                sums[c] = more if sofar is None else b.add(sofar, more)
+                totals[c] = const(i32x8.ir, 0)
+    return sums if scales else totals
+
+
+def _four_bytes(b: ir.IRBuilder, column: ir.Value, j: int) -> ir.Value:
+    """Activations 4 * j to 4 * j + 3 for each of the rows."""
+    return b.bitcast(splat(b, load(b, column, I32, 4 * j), i32x8.ir), i8x32.ir)
+
+
+def _at(b: ir.IRBuilder, quants: ir.Value) -> Quants:
+    return lambda j: load(b, quants, i8x32.ir, 32 * j)
+
+
 def _plain_tile(b: ir.IRBuilder, form: Format, here: ir.Value, cols: list[Column]) -> Values:
-    return _chunk_tile(b, form, here, [column.quants for column in cols], [const(i16x16.ir, 1)])
+    return chunk_tile(b, form, _at(b, here), [column.quants for column in cols], [])
 
 
 def _super_tile(b: ir.IRBuilder, form: Format, here: ir.Value, cols: list[Column]) -> Values:
-    """Integer sums of a block of 256 for eight rows and four columns."""
+    """Integer sums of a block of 256 for eight rows and a few columns."""
     sums = [cgutils.alloca_once(b, i32x8.ir) for _ in cols]
     for total in sums:
         b.store(const(i32x8.ir, 0), total)
@@ -167,7 +202,7 @@ def _super_tile(b: ir.IRBuilder, form: Format, here: ir.Value, cols: list[Column
         small = b.add(here, b.mul(loop.index, const(I64, 32 * per_chunk)))
         scales = [load(b, small, i16x16.ir, _scales_offset(form) + 32 * i) for i in range(per_chunk)]
         starts = [b.add(column.quants, b.mul(loop.index, const(I64, 32))) for column in cols]
-        for total, more in zip(sums, _chunk_tile(b, form, quants, starts, scales), strict=True):
+        for total, more in zip(sums, chunk_tile(b, form, _at(b, quants), starts, scales), strict=True):
             b.store(b.add(b.load(total), more), total)
     return [b.load(total) for total in sums]
 
@@ -190,4 +225,4 @@ def _factored_sums(b: ir.IRBuilder, form: Format, here: ir.Value, column: Column
 pack_rows = for_format(_pack_rows, 5)
 """(format, weights, stride, rows <= 8, k, panel)"""
 dot_panel = for_format(_dot_panel, 8)
-"""(format, panel, rows <= 8, columns at y, their stride, columns <= 4, k, out, out's stride)"""
+"""(format, panel, rows <= 8, columns at y, their stride, columns <= COLUMNS, k, out, out's stride)"""

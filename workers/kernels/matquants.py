@@ -6,11 +6,10 @@ on the number of columns, rows or threads. Threads share groups of eight rows.
 
 from __future__ import annotations
 
-from numba import njit
-
 from protocol.dtypes import DType
 from workers.kernels import row as words
 from workers.kernels.access import extent, row_address, share, stride, word
+from workers.kernels.jit import njit
 from workers.kernels.matlanes import COLUMNS, ROWS
 from workers.kernels.matpanels import dot_panel, pack_rows
 from workers.kernels.matrows import dot_rows

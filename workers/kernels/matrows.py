@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from llvmlite import ir
-from numba.core import cgutils
-
+from protocol.dtypes import DType
 from workers.kernels.emit import (
     I16,
     I64,
@@ -13,6 +11,7 @@ from workers.kernels.emit import (
     i8x32,
     i16x8,
     i16x16,
+    i32x4,
     i32x8,
     load,
     multiply_shorts,
@@ -20,6 +19,7 @@ from workers.kernels.emit import (
     shuffle,
     widen_half,
 )  # fmt: skip
+from workers.kernels.jit import cgutils, ir
 from workers.kernels.matformats import Format, unpack_quants, unpack_scales
 from workers.kernels.matlanes import (
     ROWS,
@@ -32,6 +32,7 @@ from workers.kernels.matlanes import (
     reduce_rows,
     store_rows,
 )
+from workers.kernels.matpanels import chunk_tile, gather_halves, transpose
 
 STRIP = 32
 """Blocks of eight rows whose exact sums are kept before they are added up: 16 KB at most."""
@@ -44,14 +45,8 @@ class _Strip:
         def table(kind: ir.Type, inner: int, outer: int) -> ir.Value:
             return cgutils.alloca_once(b, ir.ArrayType(ir.ArrayType(kind, inner), outer))
 
-        self.exact = table(i16x16.ir if _in_shorts(form) else i32x8.ir, STRIP, ROWS)
-        self.other = table(i32x8.ir, STRIP, ROWS) if form.subs else None
+        self.exact, self.other = table(i32x8.ir, STRIP, ROWS), table(i32x8.ir, STRIP, ROWS)
         self.scales = [(table(I16, ROWS, STRIP), at) for at in (form.scale, form.floor) if at >= 0]
-
-
-def _in_shorts(form: Format) -> bool:
-    """True where the 32 products of a block fit into the two shorts that a row keeps when rows are reduced."""
-    return form.span == 8 and not form.subs
 
 
 def _dot_rows(
@@ -64,9 +59,74 @@ def _dot_rows(
     k: ir.Value,
     out: ir.Value,
 ) -> None:
-    """Row after row through a strip of blocks, for the sake of the memory's prefetcher; then block after block."""
-    blocks = b.udiv(k, const(I64, form.block))
     total = cgutils.alloca_once_value(b, const(f32x8.ir, 0.0))
+    (_add_supers if form.subs else _add_blocks)(b, form, total, w, stride, count, y, k)
+    store_rows(b, b.load(total), out, count)
+
+
+def _add_blocks(
+    b: ir.IRBuilder,
+    form: Format,
+    total: ir.Value,
+    w: ir.Value,
+    stride: ir.Value,
+    count: ir.Value,
+    y: ir.Value,
+    k: ir.Value,
+) -> None:
+    """Blocks of 32: eight rows at once, turned so that each has a lane, in registers."""
+    blocks = b.udiv(k, const(I64, form.block))
+    rows = [clamped_row(b, w, const(I64, r), stride, count) for r in range(ROWS)]
+    ahead = b.mul(stride, const(I64, ROWS))  # the next eight rows are asked for while these are used
+    with cgutils.for_range(b, blocks) as loop:
+        offset = b.mul(loop.index, const(I64, form.nbytes))
+        here = [b.add(row, offset) for row in rows]
+        for row in here:
+            prefetch_line(b, b.add(row, ahead))
+        column = Column(b, form, y, k, loop.index, blocks)
+        turned = _turned_quants(b, form, here)
+        exact = chunk_tile(b, form, turned.__getitem__, [column.quants], [])[0]
+        scales = [gather_halves(b, here, at) for at in (form.scale, form.floor) if at >= 0]
+        b.store(accumulate(b, form, b.load(total), exact, None, scales, column), total)
+
+
+def _turned_quants(b: ir.IRBuilder, form: Format, rows: Values) -> Values:
+    """Eight vectors i8x32 [8 rows][4 bytes] of a block at eight addresses, in the order of its elements."""
+    if form.high >= 0:
+        whole = [b.bitcast(unpack_quants(b, form, row)[0], i32x8.ir) for row in rows]
+        return [b.bitcast(v, i8x32.ir) for v in transpose(b, whole)]
+    if form.dtype == DType.Q8_0:
+        quants = _turned_halves(b, rows, form.quants) + _turned_halves(b, rows, form.quants + 16)
+        return quants if form.signed else [b.xor(v, const(i8x32.ir, -128)) for v in quants]
+    nibbles, four, mask = _turned_halves(b, rows, form.quants), const(i8x32.ir, 4), const(i8x32.ir, 15)
+    return [b.and_(v, mask) for v in nibbles] + [b.lshr(v, four) for v in nibbles]
+
+
+def _turned_halves(b: ir.IRBuilder, rows: Values, offset: int) -> Values:
+    """Four vectors i8x32 [8 rows][4 bytes] of the sixteen bytes at `offset` from eight addresses."""
+    parts = [load(b, row, i32x4.ir, offset) for row in rows]
+    pairs = [shuffle(b, parts[r], parts[r + 4], list(range(8))) for r in range(4)]
+    low = [shuffle(b, pairs[r], pairs[r + 1], [0, 8, 1, 9, 4, 12, 5, 13]) for r in (0, 2)]
+    high = [shuffle(b, pairs[r], pairs[r + 1], [2, 10, 3, 11, 6, 14, 7, 15]) for r in (0, 2)]
+    turned = []
+    for u, v in (low, high):
+        turned += [shuffle(b, u, v, [0, 1, 8, 9, 4, 5, 12, 13]), shuffle(b, u, v, [2, 3, 10, 11, 6, 7, 14, 15])]
+    return [b.bitcast(v, i8x32.ir) for v in turned]
+
+
+def _add_supers(
+    b: ir.IRBuilder,
+    form: Format,
+    total: ir.Value,
+    w: ir.Value,
+    stride: ir.Value,
+    count: ir.Value,
+    y: ir.Value,
+    k: ir.Value,
+) -> None:
+    """Blocks of 256: row after row through a strip of blocks, for the sake of the memory's prefetcher, then block
+    after block."""
+    blocks = b.udiv(k, const(I64, form.block))
     strip = _Strip(b, form)
     ahead = b.mul(stride, const(I64, ROWS))  # the next eight rows are asked for while these are used
     with cgutils.for_range_slice(b, const(I64, 0), blocks, const(I64, STRIP), I64) as (start, _):
@@ -82,7 +142,6 @@ def _dot_rows(
             column = Column(b, form, y, k, b.add(start, loop.index), blocks)
             exact, other, scales = _strip_sums(b, form, strip, loop.index)
             b.store(accumulate(b, form, b.load(total), exact, other, scales, column), total)
-    store_rows(b, b.load(total), out, count)
 
 
 def _row_sums(
@@ -102,36 +161,27 @@ def _row_sums(
         multiply(b, form, quants, load(b, column.quants, i8x32.ir, 32 * chunk))
         for chunk, quants in enumerate(unpack_quants(b, form, row))
     ]
-    exact = products[0]
-    if form.subs:
-        small = unpack_scales(b, form, row)
-        exact = const(i32x8.ir, 0)
-        for chunk, product in enumerate(products):
-            lanes = [chunk] * 16 if form.subs == 8 else [2 * chunk] * 8 + [2 * chunk + 1] * 8
-            exact = b.add(exact, multiply_shorts(b, product, shuffle(b, small, None, lanes)))
-        if form.subs == 8:
-            small = shuffle(b, small, None, [8 + i // 2 for i in range(16)])
-        other = multiply_shorts(b, small, load(b, column.sums, i16x16.ir))
-        b.store(other, cgutils.gep_inbounds(b, strip.other, 0, which, index))
-    elif not _in_shorts(form):
-        exact = multiply_shorts(b, exact, const(i16x16.ir, 1))
+    small = unpack_scales(b, form, row)
+    exact = const(i32x8.ir, 0)
+    for chunk, product in enumerate(products):
+        lanes = [chunk] * 16 if form.subs == 8 else [2 * chunk] * 8 + [2 * chunk + 1] * 8
+        exact = b.add(exact, multiply_shorts(b, product, shuffle(b, small, None, lanes)))
+    if form.subs == 8:
+        small = shuffle(b, small, None, [8 + i // 2 for i in range(16)])
+    other = multiply_shorts(b, small, load(b, column.sums, i16x16.ir))
+    b.store(other, cgutils.gep_inbounds(b, strip.other, 0, which, index))
     b.store(exact, cgutils.gep_inbounds(b, strip.exact, 0, which, index))
     for table, offset in strip.scales:
         b.store(load(b, row, I16, offset), cgutils.gep_inbounds(b, table, 0, index, which))
 
 
-def _strip_sums(
-    b: ir.IRBuilder, form: Format, strip: _Strip, index: ir.Value
-) -> tuple[ir.Value, ir.Value | None, Values]:
+def _strip_sums(b: ir.IRBuilder, form: Format, strip: _Strip, index: ir.Value) -> tuple[ir.Value, ir.Value, Values]:
     """One block of eight rows from the strip: lane r belongs to row r."""
 
     def lanes(table: ir.Value) -> ir.Value:
         return reduce_rows(b, [b.load(cgutils.gep_inbounds(b, table, 0, r, index)) for r in range(ROWS)])
 
-    exact = lanes(strip.exact)
-    if _in_shorts(form):
-        exact = multiply_shorts(b, exact, const(i16x16.ir, 1))
-    other = lanes(strip.other) if form.subs else None
+    exact, other = lanes(strip.exact), lanes(strip.other)
     halves = []
     for table, _ in strip.scales:
         first = b.bitcast(cgutils.gep_inbounds(b, table, 0, index, 0), i16x8.ir.as_pointer())

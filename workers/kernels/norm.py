@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numba import float32, float64, njit
 
 from protocol.dtypes import DType
 from protocol.ops import Op
 from workers.kernels import row
 from workers.kernels.access import INNER, dense_rows, extent, float_param, nelements, row_address, share, word
+from workers.kernels.jit import float32, float64, njit
 from workers.kernels.simd import (
     add_f32x8,
     fma_f32x8,

@@ -11,10 +11,9 @@ A block with an infinity or a NaN gets the scale NaN.
 
 from __future__ import annotations
 
-from numba import float32, int16, njit
-
 from workers.kernels import row as words
 from workers.kernels.access import extent, row_address, share, word
+from workers.kernels.jit import float32, int16, njit
 from workers.kernels.matformats import Activation
 from workers.kernels.simd import (
     abs_f32x8,

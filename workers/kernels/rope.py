@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from numba import float32, float64, njit
-
 from protocol.dtypes import DType
 from protocol.ops import Op
 from workers.kernels import row
@@ -23,6 +21,7 @@ from workers.kernels.access import (
     stride,
     word,
 )
+from workers.kernels.jit import float32, float64, njit
 from workers.kernels.simd import (
     fma_f32x8,
     load_f32,

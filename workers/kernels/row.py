@@ -8,7 +8,7 @@ never allocates, waits or raises. Which share a thread takes must not change a s
 from __future__ import annotations
 
 KERNEL = 0  # address of the kernel
-FLAGS = 1  # BARRIER
+FLAGS = 1  # BARRIER, ALONE, REPEAT; above them, from bit EARLIER on, the row that a REPEAT repeats
 WORK = 2  # address of scratch memory shared by the threads, 64-byte aligned
 WORK_NBYTES = 3
 AUX = 4  # four words for the stage's own use
@@ -23,3 +23,8 @@ ADDRESS, DTYPE, NE, NB, OPERAND = 0, 1, 2, 6, 10
 
 BARRIER = 1
 """In FLAGS: all threads have to be through with this row before the next one starts."""
+ALONE = 2
+"""In FLAGS: too small to be shared; the first thread runs it."""
+REPEAT = 4
+"""In FLAGS: nothing to do where the row that it repeats was run in the same job; else run it, between two barriers."""
+EARLIER = 8

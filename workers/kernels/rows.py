@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numba import njit
 
 from protocol.dtypes import DType
 from protocol.ops import Op
@@ -26,6 +25,7 @@ from workers.kernels.access import (
 )
 from workers.kernels.copy import move
 from workers.kernels.dequantise import TYPES, dequantise
+from workers.kernels.jit import njit
 from workers.kernels.simd import load_i32, load_i64, store_f32
 from workers.kernels.stage import Operand, Stage, kernel
 

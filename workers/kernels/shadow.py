@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from numba import njit
-
 from protocol.shadow import STEP_SHIFT, WORDS, Kind
 from workers.kernels.access import INNER
+from workers.kernels.jit import njit
 from workers.kernels.simd import load_i64, store_i64
-from workers.kernels.stage import OPTIONS
+from workers.kernels.stage import entry
 
 ADDRESS = 2
 """Word of a bound row: `arena` becomes the address of the arena's shadow."""
@@ -52,7 +51,7 @@ def _report(to: int, row: int, granule: int, found: int, expected: int, epoch: i
     store_i64(to + 32, epoch)
 
 
-@njit("int64(int64, int64, int64, int64, int64, int64)", **OPTIONS)
+@entry(6)
 def walk(table: int, start: int, end: int, step: int, slots: int, report: int) -> int:
     """Rows [start, end) of the table at an address, in order; 1 at the first read that finds another tag, else 0.
 

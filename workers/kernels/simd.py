@@ -19,8 +19,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from llvmlite import ir
-
 from workers.kernels.emit import (
     F32,
     I8,
@@ -56,12 +54,7 @@ from workers.kernels.emit import f32x8 as f32x8
 from workers.kernels.emit import fma as fma
 from workers.kernels.emit import i32x8 as i32x8
 from workers.kernels.emit import shuffle as shuffle
-from workers.kernels.features import configure_cache
-
-configure_cache()
-
-from numba import types  # noqa: E402
-from numba.extending import intrinsic  # noqa: E402
+from workers.kernels.jit import intrinsic, ir, types
 
 address = types.int64
 

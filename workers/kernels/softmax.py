@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numba import float32, njit
 
 from protocol.dtypes import DType
 from protocol.ops import Op
@@ -26,6 +25,7 @@ from workers.kernels.access import (
     stride,
     word,
 )
+from workers.kernels.jit import float32, njit
 from workers.kernels.simd import (
     add_f32x8,
     load_f32,

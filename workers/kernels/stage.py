@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from protocol.dtypes import DType
-from workers.kernels.features import configure_cache
-
-configure_cache()
-
-from numba import cfunc, types  # noqa: E402  (where numba caches is settled above)
+from workers.kernels import image
+from workers.kernels.jit import cfunc, types
 
 Dims = tuple[int, int, int, int]
 
@@ -31,25 +29,49 @@ class Operand(NamedTuple):
 
 
 class Kernel:
-    """A function that becomes machine code, or is loaded from numba's cache, when its address is first asked for."""
+    """A function that becomes machine code when its address is first asked for: from the image, numba or its cache."""
 
-    def __init__(self, function: Callable[[int, int, int], None]) -> None:
+    signature = SIGNATURE
+
+    def __init__(self, function: Callable[..., Any]) -> None:
         self.name = function.__name__
+        self.key = f"{function.__module__}.{function.__name__}"
         self._function = function
-        self._compiled: object = None
+        self._compiled: Any = None
 
     def address(self) -> int:
         """Address of the native code, valid as long as the process lives."""
+        return image.address(self.key) or int(self.compiled().address)
+
+    def compiled(self) -> Any:
+        """numba's compiled function. An image has none."""
+        assert not image.loaded(), f"{self.key}: the image has no such kernel"
         if self._compiled is None:
-            self._compiled = cfunc(SIGNATURE, cache=True, error_model="numpy")(self._function)
-        return int(self._compiled.address)  # type: ignore[attr-defined]
+            self._compiled = cfunc(self.signature, cache=True, error_model="numpy")(self._function)
+        return self._compiled
 
     def __repr__(self) -> str:
         return f"Kernel({self.name})"
 
 
+class Entry(Kernel):
+    """A compiled function that Python calls with 64-bit integers, without holding the GIL; it returns such a one."""
+
+    def __init__(self, function: Callable[..., int], count: int) -> None:
+        super().__init__(function)
+        self.signature = types.int64(*[types.int64] * count)
+        self._prototype = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * count)
+        self._bound: Callable[..., int] | None = None
+
+    def __call__(self, *arguments: int) -> int:
+        """Call it; compiled, or loaded, if that has not happened yet."""
+        if self._bound is None:
+            self._bound = self._prototype(self.address())
+        return self._bound(*arguments)
+
+
 KERNELS: list[Kernel] = []
-"""Every kernel of the modules imported so far: what there is to compile ahead of time."""
+"""Every kernel and entry of the modules imported so far: what there is to compile ahead of time."""
 
 
 def kernel(function: Callable[[int, int, int], None]) -> Kernel:
@@ -64,16 +86,29 @@ def kernel(function: Callable[[int, int, int], None]) -> Kernel:
     return made
 
 
+def entry(count: int) -> Callable[[Callable[..., int]], Entry]:
+    """Decorate `f(*integers) -> integer` with `count` arguments: a function for Python, under the rules of `kernel`."""
+
+    def decorate(function: Callable[..., int]) -> Entry:
+        made = Entry(function, count)
+        KERNELS.append(made)
+        return made
+
+    return decorate
+
+
 @dataclass(frozen=True, slots=True)
 class Stage:
     """One row of the executor's table: a kernel that all threads call once.
 
     `work_nbytes` is the scratch memory the op needs for the number of threads it was asked for; all stages of an op
-    get the same scratch. With `barrier` every thread has to be through before the next row starts. `aux` are up to
-    four words for row word AUX.
+    get the same scratch, of which the first `makes` bytes are written for the op's other stages, or the first `takes`
+    bytes read that they have written; the rest is shared out to the threads. `aux` are up to four words for row word
+    AUX.
     """
 
     kernel: Kernel
     work_nbytes: int = 0
-    barrier: bool = True
     aux: tuple[int, ...] = field(default=())
+    makes: int = 0
+    takes: int = 0

@@ -5,14 +5,12 @@ from __future__ import annotations
 import platform
 import sys
 
-from llvmlite import ir
-from numba import njit, types
-
 from workers.kernels import row
 from workers.kernels.access import INNER
 from workers.kernels.emit import I32, I64, call
+from workers.kernels.jit import ir, njit, types
 from workers.kernels.simd import load_i64, make
-from workers.kernels.stage import OPTIONS
+from workers.kernels.stage import entry
 
 _LONG = types.int64
 _X86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -122,54 +120,70 @@ def walk(table: int, first: int, last: int, ith: int, nth: int, control: int, fu
     """Run rows [first, last) as thread `ith` of `nth`."""
     for i in range(first, last):
         address = table + i * row.NBYTES
-        call_kernel(load_i64(address + 8 * row.KERNEL), address, ith, nth)
-        if nth > 1 and (load_i64(address + 8 * row.FLAGS) & row.BARRIER) != 0:
+        flags = load_i64(address + 8 * row.FLAGS)
+        again = (flags & row.REPEAT) != 0
+        if again and flags >> row.EARLIER >= first:
+            continue
+        if again and nth > 1:
+            barrier(control, nth, futex)
+        if (flags & row.ALONE) == 0:
+            call_kernel(load_i64(address + 8 * row.KERNEL), address, ith, nth)
+        elif ith == 0:
+            call_kernel(load_i64(address + 8 * row.KERNEL), address, 0, 1)
+        if nth > 1 and (again or (flags & row.BARRIER) != 0):
             barrier(control, nth, futex)
 
 
-@njit(**OPTIONS)
-def ring(control: int, futex: int) -> None:
-    """Tell the helpers that there is a job, or that STOP is set."""
+@njit(**INNER)
+def _ring(control: int, futex: int) -> None:
     add_i32(control + 4 * JOB, 1)
     _wake(control + 4 * JOB, control + 4 * IDLE, futex)
 
 
-@njit(**OPTIONS)
-def lead(table: int, first: int, last: int, nth: int, control: int, futex: int) -> None:
+@njit(**INNER)
+def _help_once(table: int, first: int, last: int, ith: int, nth: int, control: int, futex: int) -> None:
+    walk(table, first, last, ith, nth, control, futex)
+    barrier(control, nth, futex)
+
+
+@entry(2)
+def ring(control: int, futex: int) -> int:
+    """Tell the helpers that there is a job, or that STOP is set."""
+    _ring(control, futex)
+    return 0
+
+
+@entry(6)
+def lead(table: int, first: int, last: int, nth: int, control: int, futex: int) -> int:
     """The calling thread's part of a job: wake the helpers in `help_out`, and leave when all are through.
 
     The job's fields are written by the caller (TABLE, FIRST, LAST). With `nth` 1 there is neither barrier nor wake-up.
     """
     if nth > 1:
-        ring(control, futex)
+        _ring(control, futex)
     walk(table, first, last, 0, nth, control, futex)
     if nth > 1:
         barrier(control, nth, futex)
+    return 0
 
 
-@njit(**OPTIONS)
-def help_once(table: int, first: int, last: int, ith: int, nth: int, control: int, futex: int) -> None:
+@entry(7)
+def help_once(table: int, first: int, last: int, ith: int, nth: int, control: int, futex: int) -> int:
     """A helper's part of one job."""
-    walk(table, first, last, ith, nth, control, futex)
-    barrier(control, nth, futex)
+    _help_once(table, first, last, ith, nth, control, futex)
+    return 0
 
 
-@njit(**OPTIONS)
-def help_out(control: int, ith: int, nth: int, futex: int) -> None:
+@entry(4)
+def help_out(control: int, ith: int, nth: int, futex: int) -> int:
     """A helper's life with a futex: job after job until STOP, asleep in between."""
     seen = 0
     while True:
         _await_change(control + 4 * JOB, seen, control + 4 * IDLE, futex)
         seen = load_i32(control + 4 * JOB)
         if load_i32(control + 4 * STOP) != 0:
-            return
+            return 0
         table = load_i64(control + 4 * TABLE)
         first = load_i64(control + 4 * FIRST)
         last = load_i64(control + 4 * LAST)
-        help_once(table, first, last, ith, nth, control, futex)
-
-
-def prepare() -> None:
-    """Compile what an executor calls from Python, or load it from numba's cache."""
-    for function, count in ((lead, 6), (ring, 2), (help_once, 7), (help_out, 4)):
-        function.compile((_LONG,) * count)
+        _help_once(table, first, last, ith, nth, control, futex)

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from llvmlite import ir
-
 from workers.kernels.emit import call, const, f32x8, fma, i32x8, shuffle
+from workers.kernels.jit import ir
 from workers.kernels.simd import make
 
 _LOG2E = 1.4426950408889634

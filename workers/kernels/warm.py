@@ -1,6 +1,7 @@
 """Compiles every kernel ahead of time, once per machine and version: `python -m workers.kernels.warm`.
 
-Prints a line `k/n name` per kernel. Several cold processes may start at once: one compiles, the others wait for it.
+Prints a line `k/n name` per kernel, and leaves an image of all of them (see image.py) that workers load in
+milliseconds. Several cold processes may start at once: one compiles, the others wait for it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from workers.kernels.features import configure_cache
 
@@ -19,8 +21,9 @@ CACHE = configure_cache()
 
 import llvmlite.binding as llvm  # noqa: E402  (where numba caches is settled above)
 import numba  # noqa: E402
+from numba.core.registry import cpu_target  # noqa: E402
 
-from workers.kernels import table, team  # noqa: E402, F401  (importing the table defines all kernels)
+from workers.kernels import elf, image, shadow, table, team  # noqa: E402, F401  (importing them defines all kernels)
 from workers.kernels.stage import KERNELS  # noqa: E402
 
 Progress = Callable[[int, int, str], None]
@@ -45,8 +48,30 @@ def warm(progress: Progress | None = None) -> int:
             _compile(os.cpu_count() or 1)
         count = _load(progress)
         with suppress(OSError):
+            make_image()
             _marker().touch()
     return count
+
+
+def make_image() -> None:
+    """Write the image of all kernels. Raises OSError where it cannot be written, or numba keeps no object files."""
+    image.write(elf.link({kernel.key: _object_file(kernel.compiled()) for kernel in KERNELS}), image.where())
+
+
+def _object_file(compiled: Any) -> tuple[bytes, str]:
+    """What LLVM made of a kernel, and the symbol of its C function, from numba's cache.
+
+    numba has no public way to it: with another numba than those that this was written for there is no image.
+    """
+    try:
+        cache, target = compiled._cache, cpu_target.target_context
+        library = cache._cache_file.load(cache._index_key(compiled._sig, target.codegen()))[0]
+        _, kind, (data, _) = library
+        if kind != "object":
+            raise ValueError(f"a library of kind {kind}")
+        return bytes(data), str(compiled.native_name)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise OSError(f"no object file in numba's cache: {error}") from None
 
 
 def _compile(processes: int) -> None:
@@ -61,18 +86,12 @@ def _compile(processes: int) -> None:
 
 
 def _load(progress: Progress | None, first: int = 0, step: int = 1) -> int:
-    tasks = [("threads", team.prepare), ("shadow", _shadow), *((kernel.name, kernel.address) for kernel in KERNELS)][
-        first::step
-    ]
+    tasks = [(kernel.name, kernel.address) for kernel in KERNELS][first::step]
     for k, (name, task) in enumerate(tasks):
         task()
         if progress is not None:
             progress(k + 1, len(tasks), name)
     return len(tasks)
-
-
-def _shadow() -> None:
-    import workers.kernels.shadow  # noqa: F401  (compiled when imported, which only strict ownership does)
 
 
 def _marker() -> Path:

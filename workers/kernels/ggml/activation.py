@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from numba import float32, njit
-
 from protocol.dtypes import DType
 from protocol.ops import GluOp, Op, UnaryOp
 from workers.kernels import row
 from workers.kernels.access import INNER, dense_rows, extent, nelements, row_address, share, word
 from workers.kernels.ggml.functions import expf, silu8
+from workers.kernels.jit import float32, njit
 from workers.kernels.simd import load_f32, load_f32x8, mul_f32x8, store_f32, store_f32x8
 from workers.kernels.stage import Operand, Stage, kernel
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numba import njit
 
 from protocol.dtypes import DType
 from protocol.ops import Op
@@ -19,6 +18,7 @@ from workers.kernels import row
 from workers.kernels.access import INNER, extent, float_param, row_address, share, stride, word
 from workers.kernels.ggml import tiles
 from workers.kernels.ggml.functions import expf, sum_neighbours
+from workers.kernels.jit import njit
 from workers.kernels.simd import (
     add_f32x8,
     fma_f32,

@@ -9,16 +9,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from llvmlite import ir
-from numba import njit, types
-from numba.core import cgutils
-from numba.extending import intrinsic
-
 from protocol.dtypes import DType
 from workers.kernels import row as words
 from workers.kernels.access import INNER, contiguous, extent, row_address, share, stride, word
 from workers.kernels.emit import I64, const, f32x8, fma, i16x8, load, store, sum_lanes, widen_half
 from workers.kernels.ggml.functions import emit_sum_neighbours
+from workers.kernels.jit import cgutils, intrinsic, ir, njit, types
 from workers.kernels.matlanes import clamped_row
 from workers.kernels.simd import load_f32x8, store_f16x8
 from workers.kernels.stage import Operand, Stage, kernel

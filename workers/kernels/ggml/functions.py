@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from llvmlite import ir
-from numba import types
-
 from workers.kernels.emit import F32, I32, call, const, f32x8, fma, i32x8, shuffle
+from workers.kernels.jit import ir, types
 from workers.kernels.simd import make
 
 _REAL = types.float32

@@ -10,11 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from llvmlite import ir
-from numba import njit, types
-from numba.core import cgutils
-from numba.extending import intrinsic
-
 from protocol.dtypes import DType
 from protocol.ops import Op
 from workers.kernels import row as words
@@ -40,6 +35,7 @@ from workers.kernels.emit import (
     widen_half,
 )
 from workers.kernels.ggml import floats
+from workers.kernels.jit import cgutils, intrinsic, ir, njit, types
 from workers.kernels.matformats import FORMATS, Format, unpack_quants
 from workers.kernels.matlanes import clamped_row
 from workers.kernels.quantize_rows import QUANTIZE, column_nbytes, columns_nbytes

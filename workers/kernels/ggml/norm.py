@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from numba import float32, float64, njit
-
 from protocol.ops import Op
 from workers.kernels import row
 from workers.kernels.access import INNER, extent, float_param, nelements, row_address, share, word
 from workers.kernels.ggml.functions import sqrtf
+from workers.kernels.jit import float32, float64, njit
 from workers.kernels.simd import load_f32, load_f32x8, mul_f32x8, splat_f32x8, store_f32, store_f32x8
 from workers.kernels.stage import Operand, Stage, kernel
 

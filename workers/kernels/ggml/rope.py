@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from numba import float32, njit
-
 from protocol.ops import Op
 from workers.kernels import row
 from workers.kernels.access import INNER, extent, float_param, int_param, nelements, row_address, share, stride, word
 from workers.kernels.ggml.functions import cosf, powf, sinf
+from workers.kernels.jit import float32, njit
 from workers.kernels.simd import fma_f32, load_f32, load_i32, store_f32
 from workers.kernels.stage import Operand, Stage, kernel
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numba import float32, float64, njit
 
 from protocol.ops import Op
 from workers.kernels import row
 from workers.kernels.access import INNER, extent, float_param, nelements, read_float, row_address, share, stride, word
 from workers.kernels.ggml.functions import exp8, expf
+from workers.kernels.jit import float32, float64, njit
 from workers.kernels.simd import (
     load_f32,
     load_f32x8,

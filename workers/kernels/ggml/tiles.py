@@ -10,9 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import float32, float64, njit, types
-from numba.core import cgutils
 
 from protocol.dtypes import DType
 from workers.kernels import row
@@ -20,6 +17,7 @@ from workers.kernels.access import INNER, extent, float_param, row_address, shar
 from workers.kernels.attentiontiles import KEYS, TILE_COLUMNS, TILE_ROWS, multiply_tile, pack_keys, pack_values
 from workers.kernels.emit import F32, I64, f32x8, fma, load, splat, store
 from workers.kernels.ggml.functions import exp8, expf
+from workers.kernels.jit import cgutils, float32, float64, ir, njit, types
 from workers.kernels.simd import (
     load_f16,
     load_f32,

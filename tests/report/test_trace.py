@@ -1,0 +1,89 @@
+"""Traces: what viewers ask of the format, for anything and for a simulated run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coordinator.model.presets import open_blueprint
+from coordinator.report.simulate_trace import simulated_trace
+from coordinator.report.trace import Arrow, Counter, Slice, Trace, Track, trace_document, write_trace
+from coordinator.simulate.live import live_bytes
+from coordinator.simulate.predict import Prediction, predict
+from coordinator.simulate.series import Load, Options, make_series
+from protocol.errors import InputError
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "simulate"))
+
+from machines import gpu, machine
+
+A, B = Track("real", "worker a"), Track("real", "link")
+
+
+def test_document() -> None:
+    trace = Trace(
+        (Slice(A, "split 1", 1.0, 0.5, {"bytes": 7}), Slice(B, "x", 1.5, 0.25)),
+        (Arrow("x", ((A, 1.4), (B, 1.6), (A, 1.9))),),
+        (Counter(Track("real", "bytes"), 1.0, 42),),
+    )
+    events = trace_document(trace + Trace((Slice(Track("simulated", "worker a"), "split 1", 0, 1),)))["traceEvents"]
+    slices = [e for e in events if e["ph"] == "X"]
+    assert [(e["ts"], e["dur"]) for e in slices] == [(1e6, 5e5), (1.5e6, 2.5e5), (0, 1e6)]
+    assert slices[0]["args"] == {"bytes": 7}
+    assert len({(e["pid"], e["tid"]) for e in slices}) == 3
+    assert slices[0]["pid"] == slices[1]["pid"] != slices[2]["pid"]
+    assert [(e["ph"], e["id"]) for e in events if e["ph"] in "stf"] == [("s", 0), ("t", 0), ("f", 0)]
+    names = {e["args"]["name"] for e in events if e["ph"] == "M" and "name" in e["args"]}
+    assert {"real", "simulated", "worker a", "link"} <= names
+    assert [e["args"] for e in events if e["ph"] == "C"] == [{"value": 42}]
+
+
+def test_file(tmp_path: Path) -> None:
+    write_trace(tmp_path / "t.json", Trace((Slice(A, "x", 0, 1),)))
+    assert json.loads((tmp_path / "t.json").read_text())["traceEvents"]
+    with pytest.raises(InputError, match=r"--trace .*: No such file"):
+        write_trace(tmp_path / "none" / "t.json", Trace())
+
+
+@pytest.fixture(scope="module")
+def found() -> Prediction:
+    series = make_series(
+        open_blueprint("smollm2-135m"), machine(gpu("gpu0"), gpu("gpu1")), Options(),
+        Load(n_prompt=64, n_predict=3, n_images=0),
+    )  # fmt: skip
+    return predict(series)
+
+
+def test_simulated_run(found: Prediction) -> None:
+    """A track per request, worker and link; slices of a track follow one another; arrows begin and end in slices."""
+    events: list[dict[str, Any]] = trace_document(simulated_trace(found))["traceEvents"]
+    named = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    slices: dict[str, list[tuple[float, float]]] = {}
+    for e in (e for e in events if e["ph"] == "X"):
+        slices.setdefault(named[e["pid"], e["tid"]], []).append((e["ts"], e["ts"] + e["dur"]))
+    assert {"request 0", "gpu0", "gpu1", "cpu", "pcie4x16 gpu0 -> gpu1"} <= set(slices)
+    for pieces in slices.values():
+        pieces.sort()
+        assert all(a[1] <= b[0] + 0.01 for a, b in pairwise(pieces))
+    for e in (e for e in events if e["ph"] in "stf"):
+        pieces = slices[named[e["pid"], e["tid"]]]
+        assert any(start - 0.01 <= e["ts"] <= end + 0.01 for start, end in pieces), e
+    runs = [e for e in events if e["ph"] == "X" and e.get("cat") == "run"]
+    assert all("cause" in e["args"] for e in runs if e["name"].startswith("split"))
+    copies = [e for e in events if e.get("cat") == "copy" and e["ph"] == "X"]
+    assert sum(e["args"]["bytes"] for e in copies) == sum(found.timeline.route_nbytes)
+    counters = {e["name"] for e in events if e["ph"] == "C"}
+    assert {"gpu0 queue depth", "gpu1 arena bytes"} <= counters
+
+
+def test_live_bytes_fit_the_buffers(found: Prediction) -> None:
+    for lowered in found.series.lowered:
+        plan = lowered.plan
+        for split, nbytes in zip(plan.splits, live_bytes(plan), strict=True):
+            buft = plan.devices[split.backend].buft
+            assert 0 < nbytes <= sum(plan.buffer_sizes[buft])

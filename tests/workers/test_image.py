@@ -1,0 +1,92 @@
+"""The image of all kernels: the same bits as numba's own, and refused when anything about it is not right."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_execute import ROOT, sample_outputs
+
+from protocol.features import has
+from workers.kernels import elf, image, warm
+from workers.kernels.stage import KERNELS
+
+pytestmark = pytest.mark.skipif(not has("image"), reason="images are for x86-64 Linux")
+
+PROGRAM = """
+import sys
+from workers.kernels import image
+assert image.load()
+import workers.engine
+assert not {"numba", "llvmlite"} & set(sys.modules)
+import test_execute
+sys.stdout.buffer.write(b"".join(test_execute.sample_outputs()))
+"""
+
+
+@pytest.fixture(scope="module")
+def path() -> Path:
+    warm.warm()
+    assert image.where().is_file()
+    return image.where()
+
+
+def elsewhere(program: str) -> subprocess.CompletedProcess[bytes]:
+    """Run a program in a process that has not loaded any kernels."""
+    paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+    environ = {**os.environ, "PYTHONPATH": paths}
+    return subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True, check=False)
+
+
+def test_same_bits_as_numba_and_without_it(path: Path) -> None:
+    done = elsewhere(PROGRAM)
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stdout == b"".join(sample_outputs())
+
+
+def test_a_damaged_image_is_none(path: Path, tmp_path: Path) -> None:
+    whole = path.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    for number, data in enumerate((b"", whole[:-1], whole[:40], whole[1:], bytes(flipped))):
+        (tmp_path / str(number)).write_bytes(data)
+        with pytest.raises((ValueError, KeyError)):
+            image.read(tmp_path / str(number))
+    assert image.read(path).entries.keys() == {kernel.key for kernel in KERNELS}
+    assert not image.loaded()
+
+
+def test_an_image_is_written_whole_or_not_at_all(path: Path, tmp_path: Path) -> None:
+    linked = image.read(path)
+    image.write(linked, tmp_path / "new" / "image")
+    assert image.read(tmp_path / "new" / "image") == linked
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["image"]
+
+
+def test_no_image_when_switched_off(path: Path) -> None:
+    ask = "from workers.kernels import image; print(image.load(), image.loaded())"
+    assert elsewhere(ask).stdout == b"True True\n"
+    assert elsewhere(f"import os; os.environ['CROSSDOCK_DISABLE'] = 'image'; {ask}").stdout == b"False False\n"
+
+
+@pytest.mark.parametrize("damage", ["nothing", "magic", "machine", "cut", "symbol"])
+def test_only_object_files_are_linked(damage: str) -> None:
+    kernel = next(k for k in KERNELS if k.name == "unary")
+    data, symbol = warm._object_file(kernel.compiled())
+    if damage == "nothing":
+        linked = elf.link({"a": (data, symbol), "b": (data, symbol)})
+        assert linked.entries["a"] != linked.entries["b"]
+        assert len(linked.absolute) > 10
+        assert not set(linked.absolute) & {at for offsets in linked.foreign.values() for at in offsets}
+        return
+    wrong = {
+        "magic": (b"\x7fELG" + data[4:], symbol),
+        "machine": (data[:18] + b"\x28\x00" + data[20:], symbol),
+        "cut": (data[: len(data) // 2], symbol),
+        "symbol": (data, symbol + "x"),
+    }
+    with pytest.raises(ValueError):
+        elf.link({"a": wrong[damage]})
