@@ -16,7 +16,21 @@ from typing import Any
 from benchmarks.measure import Row, document, environment
 from protocol.errors import CrossdockError, UsageError
 
-NAMES = ("ops", "vision", "model", "rpc", "own", "hop", "start", "memory", "overhead", "plan", "ownership")
+NAMES = (
+    "ops",
+    "vision",
+    "model",
+    "rpc",
+    "own",
+    "hop",
+    "start",
+    "memory",
+    "overhead",
+    "plan",
+    "profile",
+    "ownership",
+    "simulated",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +55,10 @@ def rows_of(name: str, wishes: Wishes) -> Iterable[Row]:
         from benchmarks import vision
 
         return vision.rows(wishes.quick, wishes.ggml)
+    if name == "profile":
+        from benchmarks import profile
+
+        return profile.rows(wishes.quick, wishes.models or ("smollm2-q4_0",), wishes.ggml)
     if name == "hop":
         from benchmarks import hop
 
@@ -49,6 +67,10 @@ def rows_of(name: str, wishes: Wishes) -> Iterable[Row]:
         from benchmarks import plan
 
         return plan.rows(wishes.quick)
+    if name == "simulated":
+        from benchmarks import simulated
+
+        return simulated.rows(wishes.quick)
     if name == "ownership":
         from benchmarks import ownership
 

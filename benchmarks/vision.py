@@ -100,7 +100,7 @@ def race(
     if unfused is not None:
         theirs["unfused"] = Ggml(unfused, memory_of(unfused, given), 1, folder=folder)
     rivals = {key: call_timer(rival.run, 1) for key, rival in ({"ours": ours} | theirs).items()}
-    samples = interleave(rivals, rounds, 120.0)
+    samples = interleave(rivals, rounds, 60.0)
     ours.close()
     for peer in theirs.values():
         peer.close()

@@ -17,6 +17,7 @@ from protocol.limits import MAX_TRANSFERS, MAX_WORKERS
 _LINE = 16  # words of 32 bits: one cache line
 _PROGRESS = 0  # per worker one line: step, instruction, split, state
 _TRANSFERS = MAX_WORKERS * _LINE  # per transfer two lines: published, acknowledged
+_CLOCK, _CLOCK_SET = 4, 8  # in each of them: virtual time in two words, and the step that it is of
 _WORDS = _TRANSFERS + 2 * MAX_TRANSFERS * _LINE
 NBYTES = _WORDS * 4
 
@@ -101,6 +102,34 @@ class Board:
     def wait_acknowledged(self, transfer: int, step: int) -> None:
         """Block until `acknowledge(transfer, step)`."""
         self._wait(_TRANSFERS + (2 * transfer + 1) * _LINE, step)
+
+    def stamp_sent(self, transfer: int, clock_ps: int) -> None:
+        """The sender's virtual time, before it publishes."""
+        self._write_clock(_TRANSFERS + 2 * transfer * _LINE, clock_ps)
+
+    def sent_clock(self, transfer: int) -> int:
+        """The sender's virtual time (ps) when it published what the receiver has."""
+        return self._read_clock(_TRANSFERS + 2 * transfer * _LINE)
+
+    def stamp_left(self, transfer: int, step: int, clock_ps: int) -> None:
+        """The receiver knows at which virtual time the last byte left the sender."""
+        line = _TRANSFERS + (2 * transfer + 1) * _LINE
+        self._write_clock(line, clock_ps)
+        self._post(line + _CLOCK_SET, step)
+
+    def left_clock(self, transfer: int, step: int) -> int:
+        """Block until `stamp_left(transfer, step, ...)`; the virtual time in ps."""
+        line = _TRANSFERS + (2 * transfer + 1) * _LINE
+        self._wait(line + _CLOCK_SET, step)
+        return self._read_clock(line)
+
+    def _write_clock(self, line: int, clock_ps: int) -> None:
+        cells = self._cells
+        cells[line + _CLOCK], cells[line + _CLOCK + 1] = clock_ps & 0xFFFFFFFF, clock_ps >> 32 & 0xFFFFFFFF
+
+    def _read_clock(self, line: int) -> int:
+        cells = self._cells
+        return int(cells[line + _CLOCK]) | int(cells[line + _CLOCK + 1]) << 32
 
     def _post(self, word: int, step: int) -> None:
         self._cells[word] = step & 0xFFFFFFFF

@@ -15,7 +15,7 @@ VARIABLE = "CROSSDOCK_DISABLE"
 CPU_SWITCHES = ("avx2", "fma", "f16c", "vnni")
 """Of the CPU: see workers.kernels.features."""
 
-SWITCHES = ("memfd", "futex", "sharedmem", "fork", "image", *CPU_SWITCHES)
+SWITCHES = ("memfd", "futex", "sharedmem", "mailbox", "fork", "image", *CPU_SWITCHES)
 """Everything that can be switched off; each has a portable twin."""
 
 
@@ -38,10 +38,13 @@ def has(feature: str) -> bool:
 
     memfd: anonymous shared files. futex: sleeping on a word of shared memory. sharedmem: processes of one host may
     exchange tensors through shared memory at all; it needs x86-64's store order, since a plain store publishes.
+    mailbox: requests and answers through shared memory, with the three before it.
     fork: workers are born of one process that has loaded everything. image: kernels' machine code from one file.
     """
     if feature in disabled():
         return False
+    if feature == "mailbox":
+        return has("memfd") and has("futex") and has("sharedmem")
     linux = sys.platform == "linux"
     x86 = platform.machine() in ("x86_64", "AMD64")
     return {

@@ -142,8 +142,9 @@ class PeerArena:
 @_message("program")
 class ProgramMessage:
     """A lowered graph evaluation. Buffers: ops, instructions (see protocol.program), in strict ownership expectations
-    (see protocol.shadow). With `overlaps` a result may lie on bytes that its op still reads, as a wrong plan of ggml's
-    would have it. Answered by `Ready`."""
+    (see protocol.shadow), and with `timing` "clock" or "pace" modelled times (see protocol.timing, as for `timing`).
+    With `overlaps` a result may lie on bytes that its op still reads, as a wrong plan of ggml's would have it.
+    Answered by `Ready`."""
 
     program: int
     name: str
@@ -153,6 +154,7 @@ class ProgramMessage:
     digests: tuple[Port, ...]
     peer_arenas: tuple[PeerArena, ...]
     overlaps: bool
+    timing: str = ""
 
 
 @_message("ready")
@@ -180,7 +182,8 @@ class Step:
 @_message("done")
 class Done:
     """The step is through. Buffers: one per output port, and one more with the bytes of all TAPs in program order where
-    the program has any. Times in nanoseconds; digests are SHA-256 in hex."""
+    the program has any; with a `timing` of the program, one with times (protocol.timing). Times in nanoseconds; digests
+    are SHA-256 in hex."""
 
     program: int
     step: int

@@ -16,19 +16,23 @@ from protocol.board import Board
 from protocol.errors import CapacityError, CrossdockError, ProtocolError
 from protocol.features import SWITCHES, has
 from protocol.limits import MAX_PROGRAMS
+from protocol.mailbox import Mailbox
 from protocol.ops import Op
 from protocol.program import table_from
 from protocol.sockets import Context, bind, connect, control_client, data_socket, identity, new_context
 from protocol.version import MAJOR, MINOR
-from protocol.wire import Buffer, decode, encode
+from protocol.wire import Buffer, Envelope, decode, encode
+from workers.actions import Engine
 from workers.arena import Arenas
 from workers.config import WorkerConfig
 from workers.peers import MessagePlane, Plane, SharedPlane, SignalPlane, open_outboxes
-from workers.run import Compiled, Engine, NullEngine, Runner, compile_program
+from workers.run import Compiled, NullEngine, Runner, compile_program
 from workers.shadow import Shadows, Violation
 
 Reply = tuple[Any, Sequence[Buffer]] | None
 Buffers = tuple[memoryview, ...]
+
+_NAP_S = 10.0  # an idle worker sleeps until it is woken; this is only its second chance
 
 
 def serve(config: WorkerConfig) -> None:
@@ -54,7 +58,8 @@ def serve(config: WorkerConfig) -> None:
         raise ProtocolError(f"{config.name}: expected welcome, got {type(welcome).__name__}")
     board = Board.attach(config.board)
     plane = _plane(config, welcome, context, inbox, board)
-    _Worker(config, welcome, plane, board, engine).loop(control)
+    mailbox = Mailbox.attach(config.board, welcome.index) if has("mailbox") else None
+    _Worker(config, welcome, plane, board, engine).loop(_Control(control, mailbox))
     engine.close()
     plane.close()
     control.close()
@@ -82,6 +87,35 @@ def _plane(
         return SignalPlane(board) if virtual else SharedPlane(board)
     outboxes = open_outboxes(context, welcome.data_endpoints, welcome.index, config.token)
     return MessagePlane(inbox, outboxes, config.token, virtual=virtual)
+
+
+class _Control:
+    """The way to the coordinator and back: through the mailbox where there is one, else through the socket.
+
+    What does not fit into the mailbox takes the socket, and the mailbox counts it: the order is kept.
+    """
+
+    def __init__(self, socket: zmq.Socket[bytes], mailbox: Mailbox | None) -> None:
+        self.socket, self.mailbox = socket, mailbox
+
+    def receive(self) -> Envelope:
+        """The next request. Raises ProtocolError when it is none."""
+        if self.mailbox is not None:
+            reader = self.mailbox.reader
+            while not reader.waiting:
+                reader.wait(_NAP_S)
+            if reader.inside:
+                return reader.take()
+            reader.passed()
+        return decode([frame.buffer for frame in self.socket.recv_multipart(copy=False)])
+
+    def send(self, message: Any, buffers: Sequence[Buffer] = ()) -> None:
+        """An answer."""
+        if self.mailbox is None:
+            self.socket.send_multipart(encode(message, buffers))
+        elif not self.mailbox.writer.post(message, buffers):
+            self.socket.send_multipart(encode(message, buffers))
+            self.mailbox.writer.pass_by()
 
 
 class _Worker:
@@ -113,12 +147,11 @@ class _Worker:
             m.StatsRequest: self._stats,
         }
 
-    def loop(self, control: zmq.Socket[bytes]) -> None:
+    def loop(self, control: _Control) -> None:
         """Answer requests in order; what the world does wrong becomes `Failed`."""
         while True:
-            frames = [frame.buffer for frame in control.recv_multipart(copy=False)]
             try:
-                envelope = decode(frames)
+                envelope = control.receive()
                 if isinstance(envelope.message, m.Shutdown):
                     return
                 answer = self.answers.get(type(envelope.message))
@@ -131,7 +164,7 @@ class _Worker:
                 print(f"{self.config.name}: {error}", file=sys.stderr, flush=True)
                 reply = m.Failed(error.code, f"{self.config.name}: {error}"[:4000]), ()
             if reply is not None:
-                control.send_multipart(encode(*reply))
+                control.send(*reply)
 
     def _allocate(self, request: m.Allocate, buffers: Buffers) -> Reply:
         segment = self.arenas.allocate(request.arena, request.nbytes, request.label, shadow=request.shadow)
@@ -161,7 +194,7 @@ class _Worker:
             raise ProtocolError(f"more than {MAX_PROGRAMS} programs")
         self.programs[request.program] = compile_program(
             request, buffers, self.arenas, self.plane, self.engine, self.n_workers, self.unsupported,
-            self.runner.shadows,
+            self.runner.shadows, self.runner.board,
         )  # fmt: skip
         return m.Ready(request.program), ()
 

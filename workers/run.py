@@ -7,9 +7,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
 
-from protocol.board import Board, State
+from protocol.board import Board
 from protocol.errors import CapacityError, ProtocolError
 from protocol.limits import MAX_BUFFER_NBYTES
 from protocol.messages import Done, Port, ProgramMessage
@@ -28,23 +27,12 @@ from protocol.program import (
     unpack_ops,
 )
 from protocol.shadow import WORDS
-from protocol.sharedmem import copy
+from protocol.wire import Buffer
+from workers.actions import Action, Acts, Check, Engine, checked, join
 from workers.arena import Arenas
 from workers.peers import Plane
-from workers.shadow import Expectations, Shadows
-
-
-class Engine(Protocol):
-    """Computes operations: built into something runnable once, run in pieces."""
-
-    def build(self, ops: Sequence[OpRecord], arenas: Arenas, *, overlaps: bool = False) -> Any:
-        """Bind checked operations to addresses. Raises CapacityError for an op without a kernel."""
-
-    def run(self, built: Any, first: int, last: int) -> None:
-        """Compute operations [first, last)."""
-
-    def close(self) -> None:
-        """End the threads."""
+from workers.shadow import Shadows
+from workers.timing import Timing, separate, timing_of
 
 
 class NullEngine:
@@ -62,17 +50,22 @@ class NullEngine:
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """A program that may run: every range was checked; `built` is the engine's. It works in `arenas`.
+    """A program that may run: every range was checked, everything is bound to addresses. It works in `arenas`.
 
-    `expectations` are those of strict ownership, by groups: one per input port, one before and one per instruction,
-    one after the last.
+    `inputs` and `outputs` are the ports' bytes, None where there is no memory. `begin` is strict ownership's: it marks
+    the inputs that were set and starts checking. What TAPs read is put into `tapped`.
     """
 
     message: ProgramMessage
-    instructions: tuple[Instruction, ...]
-    built: Any
+    actions: tuple[Action, ...]
     arenas: frozenset[int]
-    expectations: Expectations | None = None
+    inputs: tuple[memoryview | None, ...]
+    outputs: tuple[memoryview, ...]
+    digests: tuple[memoryview, ...]
+    received_nbytes: int
+    tapped: bytearray
+    begin: Callable[[int, Sequence[Buffer]], None] | None = None
+    timing: Timing | None = None
 
 
 def compile_program(
@@ -84,11 +77,15 @@ def compile_program(
     n_workers: int,
     unsupported: frozenset[Op],
     shadows: Shadows | None = None,
+    board: Board | None = None,
 ) -> Compiled:
     """Check a program against this worker's memory and bind it to addresses.
 
     Raises ProtocolError for anything out of range, CapacityError for an op that this backend does not have.
     """
+    costs: memoryview | None = None
+    if message.timing in ("clock", "pace") and buffers:
+        *buffers, costs = buffers
     if len(buffers) not in (2, 3) or (len(buffers) == 3 and shadows is None):
         expected = "2 buffers" if shadows is None else "2 or 3 buffers"
         raise ProtocolError(f"program {message.name!r}: expected {expected}, got {len(buffers)}")
@@ -108,21 +105,58 @@ def compile_program(
     plane.open(message.peer_arenas)
     for item in instructions:
         _check_instruction(item, arenas, plane)
-    tapped = sum(item.nbytes for item in instructions if item.kind is Kind.TAP)
-    if tapped > MAX_BUFFER_NBYTES:
-        raise CapacityError(f"program {message.name!r}: {tapped} bytes of taps, at most {MAX_BUFFER_NBYTES}")
+    n_tapped = sum(item.nbytes for item in instructions if item.kind is Kind.TAP)
+    if n_tapped > MAX_BUFFER_NBYTES:
+        raise CapacityError(f"program {message.name!r}: {n_tapped} bytes of taps, at most {MAX_BUFFER_NBYTES}")
     for port in (*message.inputs, *message.outputs, *message.digests):
         check_range(sizes, port.arena, port.offset, port.nbytes, f"port {port.name!r}")
     used = {operand.arena for op in ops for operand in (op.dst, *op.src) if operand is not None}
     used |= {arena for item in instructions for arena in (item.arena, item.src[0])}
     used |= {port.arena for port in (*message.inputs, *message.outputs, *message.digests)}
+    for port in message.inputs:
+        if port.arena in arenas.read_only:
+            raise ProtocolError(f"port {port.name!r}: arena {port.arena} is a mapped file")
     built = engine.build(ops, arenas, overlaps=message.overlaps)
-    expectations = None
+    check: Check | None = None
     if shadows is not None and len(buffers) == 3:
         n_groups = len(message.inputs) + len(instructions) + 2
         peers = [(p.peer, p.arena) for p in message.peer_arenas]
-        expectations = shadows.bind(table_from(buffers[2], WORDS, "expectations"), n_groups, peers)
-    return Compiled(message, tuple(instructions), built, frozenset(used), expectations)
+        check = partial(shadows.check, shadows.bind(table_from(buffers[2], WORDS, "expectations"), n_groups, peers))
+    tapped = bytearray()
+    acts = Acts(message.program, arenas, plane, engine, built, tapped)
+    timing = None
+    if message.timing:
+        assert board is not None
+        timing = timing_of(message.timing, costs, instructions, board)
+    return Compiled(
+        message,
+        _actions(instructions, acts, check, len(message.inputs), timing),
+        frozenset(used),
+        tuple(None if arenas.virtual else _bytes(arenas, port) for port in message.inputs),
+        tuple(_bytes(arenas, port) for port in message.outputs),
+        tuple(_bytes(arenas, port) for port in message.digests),
+        sum(item.nbytes for item in instructions if item.kind is Kind.RECV),
+        tapped,
+        None if check is None else partial(_begin, check),
+        timing,
+    )
+
+
+def _actions(
+    instructions: Sequence[Instruction], acts: Acts, check: Check | None, n_ports: int, timing: Timing | None
+) -> tuple[Action, ...]:
+    if check is not None:
+        actions = checked(instructions, acts, check, n_ports)
+    else:
+        actions = join(instructions, acts) if timing is None else separate(instructions, acts)
+    return actions if timing is None else timing.watch(actions)
+
+
+def _bytes(arenas: Arenas, port: Port) -> memoryview:
+    """A port's memory; zeros where there is none."""
+    if arenas.virtual:
+        return memoryview(bytes(port.nbytes))
+    return arenas.segments[port.arena].view[port.offset : port.offset + port.nbytes].data
 
 
 def _check_instruction(item: Instruction, arenas: Arenas, plane: Plane) -> None:
@@ -137,7 +171,12 @@ def _check_instruction(item: Instruction, arenas: Arenas, plane: Plane) -> None:
         plane.check(item)
 
 
-_WAITS = frozenset({Kind.RECV, Kind.WAIT})
+def _begin(check: Check, step: int, inputs: Sequence[Buffer]) -> None:
+    """Mark what was set, and begin."""
+    for port, data in enumerate(inputs):
+        if len(data):
+            check(port, step)
+    check(len(inputs), step)
 
 
 class Runner:
@@ -147,75 +186,47 @@ class Runner:
         self.index, self.arenas, self.plane, self.board, self.engine = index, arenas, plane, board, engine
         self.shadows: Shadows | None = None
 
-    def run(self, program: Compiled, step: int, inputs: Sequence[memoryview]) -> tuple[Done, list[bytes | bytearray]]:
+    def run(self, program: Compiled, step: int, inputs: Sequence[memoryview]) -> tuple[Done, list[Buffer]]:
         """One evaluation: inputs in, instructions in order, outputs, taps and digests out.
 
         Raises ProtocolError when the inputs are not those of the program's ports, in strict ownership Violation.
         """
-        start = time.perf_counter_ns()
-        self._set_inputs(program.message.inputs, inputs)
-        check = self._checker(program, step, inputs)
-        compute = wait = copying = received = 0
-        tapped = bytearray()
-        for number, item in enumerate(program.instructions):
-            state = State.WAITING if item.kind in _WAITS else State.BUSY
-            self.board.show(self.index, step, number, item.split, state)
-            before = time.perf_counter_ns()
-            if check is not None and item.kind is not Kind.RECV:
-                check(number)
-            if item.kind is Kind.RUN:
-                self.engine.run(program.built, item.first, item.last)
-                compute += time.perf_counter_ns() - before
-            elif item.kind is Kind.SEND:
-                self.plane.send(program.message.program, step, item, self.arenas.address(item.arena))
-                copying += time.perf_counter_ns() - before
-            elif item.kind is Kind.RECV:
-                late = None if check is None else partial(check, number)
-                self.plane.receive(program.message.program, step, item, self.arenas.address(item.arena), late)
-                received += item.nbytes
-                wait += time.perf_counter_ns() - before
-            elif item.kind is Kind.WAIT:
-                self.plane.wait(step, item)
-                wait += time.perf_counter_ns() - before
-            elif item.kind is Kind.TAP:
-                tapped += self.arenas.read(item.arena, item.offset, item.nbytes)
-                copying += time.perf_counter_ns() - before
-            elif not self.arenas.virtual:
-                target, source = self.arenas.address(item.arena), self.arenas.address(item.src[0])
-                copy(target + item.offset, source + item.src[1], item.nbytes)
-                copying += time.perf_counter_ns() - before
-        if check is not None:
-            check(len(program.instructions))
-        outputs: list[bytes | bytearray] = [
-            self.arenas.read(port.arena, port.offset, port.nbytes) for port in program.message.outputs
-        ]
-        if tapped:
-            outputs.append(tapped)
-        digests = tuple(self._digest(port) for port in program.message.digests)
-        self.board.rest(self.index)
-        total = time.perf_counter_ns() - start
-        done = Done(program.message.program, step, total, compute, wait, copying, received, digests)
+        clock, show, index = time.perf_counter_ns, self.board.show, self.index
+        start = clock()
+        _set_inputs(program, inputs)
+        if program.begin is not None:
+            program.begin(step, inputs)
+        program.tapped.clear()
+        if program.timing is not None:
+            program.timing.begin(step)
+        spent = [0, 0, 0]
+        now = clock()
+        for number, split, state, phase, act in program.actions:
+            show(index, step, number, split, state)
+            act(step)
+            before, now = now, clock()
+            spent[phase] += now - before
+        outputs: list[Buffer] = [bytes(data) for data in program.outputs]
+        if program.tapped:
+            outputs.append(bytes(program.tapped))
+        if program.timing is not None:
+            outputs.append(program.timing.finish())
+        digests = tuple([hashlib.sha256(data).hexdigest() for data in program.digests])
+        self.board.rest(index)
+        message = program.message.program
+        compute, wait, copying = spent
+        done = Done(message, step, clock() - start, compute, wait, copying, program.received_nbytes, digests)
         return done, outputs
 
-    def _checker(self, program: Compiled, step: int, inputs: Sequence[memoryview]) -> Callable[[int], None] | None:
-        """Mark what was set and begin; the check of an instruction's expectations, None without strict ownership."""
-        if self.shadows is None or program.expectations is None:
-            return None
-        shadows, expectations, n_ports = self.shadows, program.expectations, len(inputs)
-        for port in range(n_ports):
-            if len(inputs[port]):
-                shadows.check(expectations, port, step)
-        shadows.check(expectations, n_ports, step)
-        return lambda number: shadows.check(expectations, n_ports + 1 + number, step)
 
-    def _set_inputs(self, ports: Sequence[Port], inputs: Sequence[memoryview]) -> None:
-        if len(ports) != len(inputs):
-            raise ProtocolError(f"step with {len(inputs)} inputs: the program has {len(ports)}")
-        for port, data in zip(ports, inputs, strict=True):
-            if len(data) not in (0, port.nbytes):
-                raise ProtocolError(f"input {port.name!r}: expected {port.nbytes} bytes, got {len(data)}")
-            if len(data):
-                self.arenas.write(port.arena, port.offset, data)
-
-    def _digest(self, port: Port) -> str:
-        return hashlib.sha256(self.arenas.read(port.arena, port.offset, port.nbytes)).hexdigest()
+def _set_inputs(program: Compiled, inputs: Sequence[memoryview]) -> None:
+    ports = program.message.inputs
+    if len(ports) != len(inputs):
+        raise ProtocolError(f"step with {len(inputs)} inputs: the program has {len(ports)}")
+    for port, target, data in zip(ports, program.inputs, inputs, strict=True):
+        if not len(data):
+            continue
+        if len(data) != port.nbytes:
+            raise ProtocolError(f"input {port.name!r}: expected {port.nbytes} bytes, got {len(data)}")
+        if target is not None:
+            target[:] = data

@@ -43,6 +43,8 @@ def _run(arguments: list[str]) -> int:
         _say(f"{error.filename or 'input or output'}: {error.strerror}", Exit.INPUT)
         return int(Exit.INPUT)
     except Exception as error:
+        if signals.arrived():  # in a C extension's import it comes out as an ImportError
+            signals.leave()
         if os.environ.get("CROSSDOCK_TRACEBACK"):
             raise
         _say(f"internal error: {type(error).__name__}: {error} (CROSSDOCK_TRACEBACK=1 shows where)", Exit.INTERNAL)

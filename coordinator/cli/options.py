@@ -10,6 +10,7 @@ import coordinator
 from coordinator.config import Topology, parse_workers, read_topology
 from coordinator.runtime.fleet import FleetOptions
 from coordinator.runtime.session import Ownership, SessionOptions
+from coordinator.runtime.taps import compile_patterns
 from coordinator.schedule.placement import PlacementOptions
 from protocol.dtypes import dtype_of
 from protocol.errors import UsageError
@@ -18,6 +19,8 @@ EXAMPLES = Path(coordinator.__file__).resolve().parent.parent / "examples"
 DEMO_MODEL = EXAMPLES / "crossdock-demo.gguf"
 DEMO_IMAGE = EXAMPLES / "images" / "tower.png"
 DEFAULT_WORKERS = "cpu:1,accel:2"
+EVERYTHING = ".*"
+"""Looks at all tensors."""
 
 
 def model_path(chosen: argparse.Namespace) -> Path:
@@ -52,8 +55,8 @@ def fleet_options(chosen: argparse.Namespace) -> FleetOptions:
     )
 
 
-def session_options(chosen: argparse.Namespace) -> SessionOptions:
-    """Placement, context and debug tensors. Raises UsageError."""
+def session_options(chosen: argparse.Namespace, taps: tuple[str, ...] = ()) -> SessionOptions:
+    """Placement, context, debug tensors, and regular expressions for tensors to look at. Raises UsageError."""
     return SessionOptions(
         placement_options(chosen),
         chosen.ctx_size,
@@ -64,6 +67,7 @@ def session_options(chosen: argparse.Namespace) -> SessionOptions:
         Ownership(chosen.ownership),
         chosen.check,
         tuple(_named(text, "--pin", "TENSOR=WORKER") for text in chosen.pin),
+        taps=compile_patterns(taps).texts,
     )
 
 

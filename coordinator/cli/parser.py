@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Callable
 from importlib import import_module, metadata
 from typing import NoReturn
 
 from coordinator.cli.bench_arguments import add_bench
+from coordinator.cli.calibrate_arguments import add_calibrate
 from coordinator.cli.check_arguments import add_check, add_reproduce, add_scenario
+from coordinator.cli.clocks import add_clocks
 from coordinator.cli.plan_arguments import add_plan
 from coordinator.cli.simulate_arguments import add_hardware, add_simulate
 from coordinator.cli.values import at_least, layers
@@ -35,27 +38,47 @@ def parse(arguments: list[str]) -> Command:
     parser.add_argument("--version", action="version", version=f"crossdock {metadata.version('crossdock')}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
     add_run(commands.add_parser("run", help="describe images or continue text, across worker processes"))
+    add_diff(commands.add_parser("diff", help="name the first tensor in which two runs differ, and what becomes of it"))
     add_plan(commands.add_parser("plan", help="show what would run where, and what it would need, without running it"))
     add_check(commands.add_parser("check", help="find memory that is read after somebody else took it over, in plans"))
     add_scenario(commands.add_parser("scenario", help="act out such hazards on real bytes, in each mode of ownership"))
     add_reproduce(commands.add_parser("reproduce", help="replay a known discussion on the bundled model"))
     add_simulate(commands.add_parser("simulate", help="time it on modelled hardware, without having it"))
     add_hardware(commands.add_parser("devices", help="list the models of devices and links, with their sources"))
+    add_calibrate(commands.add_parser("calibrate", help="measure this machine's workers and write a model of them"))
     add_bench(commands.add_parser("bench", help="measure prompts, decoding and images, and how they scale"))
     add_convert(commands.add_parser("convert", help="turn a Hugging Face folder into one GGUF file"))
     add_doctor(commands.add_parser("doctor", help="say what this machine has, and what replaces what it lacks"))
-    chosen = parser.parse_args(arguments)
+    chosen = parser.parse_args(quoted(arguments) if arguments[:1] == ["diff"] else arguments)
     return _command(chosen)
+
+
+def quoted(arguments: list[str]) -> list[str]:
+    """Options in quotes are no option to argparse when they begin with a space."""
+    return [f" {text}" if text.startswith("-") and " " in text else text for text in arguments]
+
+
+def run_options(text: str, common: argparse.Namespace) -> argparse.Namespace:
+    """Options of `crossdock run` in one text, on top of `common`. Raises UsageError."""
+    parser = _Parser(prog="crossdock diff", add_help=False)
+    add_job(parser)
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise UsageError(f"diff {text}: {error}") from None
+    return parser.parse_args(words, argparse.Namespace(**vars(common)))
 
 
 _MODULES = {
     "run": "run:run",
+    "diff": "diff:diff",
     "plan": "plan:plan",
     "check": "check:check",
     "scenario": "scenario:scenario",
     "reproduce": "reproduce:reproduce_discussion",
     "simulate": "simulate:simulate",
     "devices": "devices:devices",
+    "calibrate": "calibrate:calibrate",
     "bench": "bench:bench",
     "convert": "convert:convert",
     "doctor": "doctor:doctor",
@@ -72,6 +95,32 @@ def _command(chosen: argparse.Namespace) -> Command:
 
 def add_run(parser: argparse.ArgumentParser) -> None:
     """Arguments of `crossdock run`."""
+    add_job(parser)
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", action="store_true", help="one JSON document instead of text")
+    output.add_argument("-q", "--quiet", action="store_true", help="the answer alone")
+    output.add_argument("--dump-tensor", action="append", default=[], metavar="REGEX",
+                        help="print a line for each tensor whose name matches, of any graph on any worker")  # fmt: skip
+    output.add_argument("--dump-dir", metavar="DIR", help="save those tensors there as well, one .npy file each")
+    output.add_argument("--record", metavar="FILE", help="record all tensors (or those) for `crossdock diff`")
+    add_clocks(parser.add_argument_group("time"))
+
+
+def add_diff(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `crossdock diff`."""
+    for name in ("a", "b"):
+        parser.add_argument(name, metavar=name.upper(),
+                            help='a file of `crossdock run --record`, or options of `crossdock run` in quotes: '
+                            '"-ngl 3" ("" for none, "-nkvo " for one alone)')  # fmt: skip
+    add_job(parser)
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", action="store_true", help="one JSON document instead of text")
+    output.add_argument("--dump-tensor", action="append", default=[], metavar="REGEX",
+                        help="compare only tensors whose names match (default: all)")  # fmt: skip
+
+
+def add_job(parser: argparse.ArgumentParser) -> None:
+    """What to run: model, prompt, sampling and placement."""
     text = parser.add_argument_group("prompt")
     text.add_argument("-m", "--model", metavar="GGUF", help="model file (default: the bundled demo model)")
     text.add_argument("-i", "--image", action="append", metavar="FILE", help="image; may be given several times")
@@ -84,9 +133,6 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     text.add_argument("-ub", "--ubatch", type=at_least(1), default=512, metavar="N", help="prompt tokens at a time")
     add_sampling(parser.add_argument_group("sampling"))
     add_placement(parser.add_argument_group("workers and placement"))
-    output = parser.add_argument_group("output")
-    output.add_argument("--json", action="store_true", help="one JSON document instead of text")
-    output.add_argument("-q", "--quiet", action="store_true", help="the answer alone")
 
 
 def add_sampling(group: argparse._ArgumentGroup) -> None:

@@ -13,9 +13,11 @@ from coordinator.cli.plan_arguments import add_plan, device_fields
 from coordinator.config import parse_size
 from coordinator.model.presets import Blueprint, open_blueprint
 from coordinator.ownership.leases import check_plan_leases
+from coordinator.report import memory_map
 from coordinator.report import plan as report
 from coordinator.report.plan_draw import draw_dot, draw_mermaid
 from coordinator.report.plan_json import diff_document, dump_stage, fit_document, outline_document, planned_result
+from coordinator.report.text import plain
 from coordinator.schedule.check import check_plan
 from coordinator.schedule.devices import buft_name
 from coordinator.schedule.diff import diff
@@ -148,6 +150,10 @@ def _check_questions(chosen: argparse.Namespace) -> None:
         raise UsageError("--diff: name what is different, such as --diff --n-gpu-layers 36")
     if chosen.format in ("dot", "mermaid") and asked:
         raise UsageError(f"--{asked[0]} has no drawing: expected --format text or json")
+    if chosen.memory_map is not None:
+        if chosen.fit or chosen.diff or chosen.dump:
+            raise UsageError(f"--memory-map and --{asked[0]} are two answers: choose one")
+        memory_map.check_map(Path(chosen.memory_map))
     if chosen.graph is not None and (chosen.model is not None or chosen.fit or chosen.diff):
         what = "MODEL" if chosen.model is not None else "--fit" if chosen.fit else "--diff"
         raise UsageError(f"--graph {chosen.graph} and {what} do not go together: the document says everything")
@@ -178,6 +184,7 @@ def _other(chosen: argparse.Namespace) -> argparse.Namespace:
 
 def _show(chosen: argparse.Namespace, outline: Outline, blueprint: Blueprint | None) -> int:
     status = Exit.CAPACITY if any(memory.short for memory in outline.memory) else Exit.OK
+    map_line = _draw_map(chosen, outline)
     if chosen.dump is not None:
         _print_json(dump_stage(outline, chosen.dump))
     elif chosen.format == "json":
@@ -191,10 +198,22 @@ def _show(chosen: argparse.Namespace, outline: Outline, blueprint: Blueprint | N
             if blueprint is not None:
                 console.print(f"[bold]model[/]     {report.model_line(blueprint.params, blueprint.weights)}")
             report.print_outline(console, outline, "none" if chosen.quiet else "all" if chosen.why else "some")
+            if map_line:
+                console.print()
+                console.print(f"[bold]map[/]       {plain(map_line)}")
             if not chosen.quiet:
                 console.print()
                 console.print(report.next_line(outline, chosen.n_gpu_layers, chosen.why))
     return status
+
+
+def _draw_map(chosen: argparse.Namespace, outline: Outline) -> str:
+    """With --memory-map: draw it, and what it shows in a line."""
+    if chosen.memory_map is None:
+        return ""
+    path = Path(chosen.memory_map)
+    apart = not chosen.share_scheduler and outline.graphs[0].name == "vision"
+    return memory_map.map_line(path, memory_map.draw_memory_map(path, outline, apart=apart))
 
 
 def _show_fit(chosen: argparse.Namespace, blueprint: Blueprint) -> int:

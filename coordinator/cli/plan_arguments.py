@@ -85,6 +85,8 @@ def add_questions(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--check", action="store_true", help="prove each plan another way, too")
     group.add_argument("--dump", choices=("graph", "assign", "splits", "alloc", "plan"),
                        help="JSON of a stage: graph, devices and causes, splits, places, or all of it")  # fmt: skip
+    group.add_argument("--memory-map", metavar="FILE",
+                       help="draw who holds which bytes of compute memory when: SVG or PNG")  # fmt: skip
     group.add_argument("--fit", action="store_true", help="find the most --n-gpu-layers that fit the devices' MEMORY")
     group.add_argument("--diff", nargs=argparse.REMAINDER, metavar="OPTION",
                        help="compare with the plan that the OPTIONs after it give, such as --diff -ngl 36")  # fmt: skip

@@ -9,13 +9,16 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
 from coordinator.cli import options
+from coordinator.cli.clocks import stopwatch_of, write_run_trace
+from coordinator.config import Topology
 from coordinator.model.chat import ChatTemplate, Message
-from coordinator.model.gguf_file import open_model
+from coordinator.model.gguf_file import ModelFile, open_model
 from coordinator.model.hparams import ModelParams
 from coordinator.model.image import Tiles, load_image, preprocess
 from coordinator.model.params import read_params
@@ -24,15 +27,41 @@ from coordinator.model.tokens import Tokenizer
 from coordinator.ownership.violation import OwnershipError
 from coordinator.report import run as report
 from coordinator.report.story import finding_document, print_findings
+from coordinator.report.taps import Looking
 from coordinator.report.text import notes, plain, printable, watched
 from coordinator.runtime.explain import explain_run
 from coordinator.runtime.fleet import Fleet
 from coordinator.runtime.generate import Prompt, Timings, check_prompt, encode_images, generate
-from coordinator.runtime.session import Session
+from coordinator.runtime.recording import Header, header
+from coordinator.runtime.session import Session, SessionOptions
 from protocol.errors import Exit, InputError, UsageError
 
 QUESTION = "Describe this image."
+_SHOWING = frozenset({
+    "command", "a", "b", "json", "quiet", "dump_tensor", "dump_dir", "record", "trace", "simulate", "network", "pace",
+})  # fmt: skip
 _CUT = {"length": "--n-predict", "context": "the end of the context (--ctx-size)"}
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What there is to do, read and planned; `note` as for `_prompt`."""
+
+    session: Session
+    tokenizer: Tokenizer
+    prompt: Prompt
+    note: str
+
+
+def read_job(chosen: argparse.Namespace, model: ModelFile, workers: Topology, session_options: SessionOptions) -> Job:
+    """Everything that is known before a worker is needed. Raises what model, prompt or images are wrong with."""
+    params = read_params(model)
+    tokenizer = Tokenizer.from_metadata(model.metadata, model.path.name)
+    chat = ChatTemplate.from_metadata(model.metadata, tokenizer)
+    prompt, note = _prompt(chosen, params, tokenizer, chat)
+    session = Session(model, params, workers, session_options, n_images=len(prompt.images))
+    check_prompt(prompt, params.image_token, session.n_ctx)
+    return Job(session, tokenizer, prompt, note)
 
 
 def run(chosen: argparse.Namespace) -> int:
@@ -41,25 +70,21 @@ def run(chosen: argparse.Namespace) -> int:
     console = notes()
     talk = not (chosen.quiet or chosen.json)
     workers, fleet_options = options.topology(chosen), options.fleet_options(chosen)
-    session_options, sampler = (
-        options.session_options(chosen),
-        Sampler(_sampling(chosen), silent=chosen.ownership == "faithful"),
-    )
+    session_options, sampler = options.session_options(chosen, _taps(chosen)), sampler_of(chosen)
+    stopwatch = stopwatch_of(chosen, workers)
     model = open_model(options.model_path(chosen))
-    with Fleet(workers, fleet_options) as fleet:
+    with _looking(chosen, console) as look, Fleet(workers, fleet_options) as fleet:
         fleet.start()  # the workers load their kernels while we read and plan
         with _progress(console, talk, "reading"):
-            params = read_params(model)
-            tokenizer = Tokenizer.from_metadata(model.metadata, model.path.name)
-            chat = ChatTemplate.from_metadata(model.metadata, tokenizer)
-            prompt, note = _prompt(chosen, params, tokenizer, chat)
-            session = Session(model, params, workers, session_options, n_images=len(prompt.images))
-            check_prompt(prompt, params.image_token, session.n_ctx)
+            job = read_job(chosen, model, workers, session_options)
+            session, prompt = job.session, job.prompt
+            look.begin(header_of(chosen, session))
+            session.on_tensor, session.stopwatch = look, stopwatch
         if talk:
             console.print(f"[bold]workers[/]   {report.workers_line(workers, fleet_options.transport, fleet.plane)}")
-            console.print(f"[bold]model[/]     {report.model_line(params, model.weights)}")
-            if note:
-                console.print(f"[bold]note[/]      {plain(note)}")
+            console.print(f"[bold]model[/]     {report.model_line(session.params, model.weights)}")
+            if job.note:
+                console.print(f"[bold]note[/]      {plain(job.note)}")
         with _progress(console, talk, "starting workers"):
             fleet.handshake()
         with _progress(console, talk, "loading weights"):
@@ -69,7 +94,7 @@ def run(chosen: argparse.Namespace) -> int:
         try:
             with _progress(console, talk, "encoding the image" if prompt.images else "evaluating the prompt"):
                 encode_images(session, prompt, timings)
-                answer = generate(session, tokenizer, prompt, sampler, chosen.n_predict, timings)
+                answer = generate(session, job.tokenizer, prompt, sampler, chosen.n_predict, timings)
                 first = next(answer, None)
             first_ns = time.time_ns() - started
             pieces = [] if first is None else [first]
@@ -80,8 +105,12 @@ def run(chosen: argparse.Namespace) -> int:
                 if not chosen.json:
                     _write([piece], False)
         except OwnershipError as error:
+            look.finish(pieces, str(error))
+            write_run_trace(chosen, stopwatch, workers)
             return _stopped(chosen, console, session, len(prompt.tokens), error)
+        look.finish(pieces)
         peaks = session.peak_memory()
+    write_run_trace(chosen, stopwatch, workers)
     tokens = [token for token, _ in pieces if token >= 0]
     if chosen.json:
         text = "".join(text for _, text in pieces)
@@ -119,6 +148,8 @@ def _summary(console: Console, session: Session, timings: Timings, first_ns: int
     console.print()
     console.print(f"[bold]plan[/]      {report.plan_line(timings)}")
     console.print(report.speed_line(timings, first_ns))
+    if session.stopwatch is not None and session.stopwatch.machine is not None:
+        console.print(report.virtual_line(timings, session.stopwatch.machine.names))
     kept = report.kept_line(session)
     if kept:
         console.print(kept)
@@ -126,6 +157,31 @@ def _summary(console: Console, session: Session, timings: Timings, first_ns: int
     console.print(report.graphs_table(timings, session.topology.names))
     console.print()
     console.print(report.memory_table(session, peaks))
+
+
+def _taps(chosen: argparse.Namespace) -> tuple[str, ...]:
+    """Regular expressions for what is looked at; for a recording that says nothing of it, everything."""
+    if chosen.dump_dir is not None and not chosen.dump_tensor:
+        raise UsageError(f"--dump-dir {chosen.dump_dir}: expected --dump-tensor REGEX with it")
+    everything = (options.EVERYTHING,) if chosen.record is not None else ()
+    return tuple(chosen.dump_tensor) or everything
+
+
+def _looking(chosen: argparse.Namespace, console: Console) -> Looking:
+    folder = None if chosen.dump_dir is None else Path(chosen.dump_dir)
+    record = None if chosen.record is None else Path(chosen.record)
+    return Looking(console, show=bool(chosen.dump_tensor), folder=folder, record=record)
+
+
+def header_of(chosen: argparse.Namespace, session: Session) -> Header:
+    """What a recording says about a run: all options but those that say what is shown."""
+    asked = {name: value for name, value in vars(chosen).items() if name not in _SHOWING}
+    return header(session.model.fingerprint, session.model.path.name, session.topology.names, asked)
+
+
+def sampler_of(chosen: argparse.Namespace) -> Sampler:
+    """How tokens are chosen; silent about what is no number where that is what the run is to show."""
+    return Sampler(_sampling(chosen), silent=chosen.ownership == "faithful")
 
 
 def _sampling(chosen: argparse.Namespace) -> SamplingParams:

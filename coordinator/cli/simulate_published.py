@@ -62,8 +62,10 @@ def _splits(outcomes: list[Outcome], chosen: argparse.Namespace) -> int:
                           "left_out": dict(reasons(outcomes))}))  # fmt: skip
         return Exit.OK
     console = _console()
-    console.print(f"{N_SPLITS} random splits (seed {chosen.seed}); constants fitted to {1 - HELD_OUT:.0%} of each class's devices, mean "
-                  "|error| on the rows of the others:\n")  # fmt: skip
+    console.print(
+        f"{N_SPLITS} random splits (seed {chosen.seed}); constants fitted to {1 - HELD_OUT:.0%} of each class's "
+        "devices, mean |error| on the rows of the others:\n"
+    )
     console.print(verdicts_table(verdicts))
     _print_reasons(console, outcomes)
     return Exit.OK

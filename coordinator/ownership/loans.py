@@ -81,6 +81,8 @@ class _Ledger:
                 self.loans[i.transfer] = _Loan(i.transfer, i.arena, i.offset, i.offset + i.nbytes)
             elif i.kind is Does.WAIT:
                 self.loans.pop(i.transfer, None)
+            elif i.kind is Does.TAP:
+                continue
             elif i.kind is Does.RUN:
                 for op in program.ops[i.first : i.last]:
                     name = self._node_name(op.node)

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from coordinator.report.taps import shape, statistics_text
-from coordinator.report.text import plain, plural
+from coordinator.report.text import plain
 from coordinator.runtime.compare import Change, Comparison, First, Part, TokenChange
 from coordinator.runtime.recording import Entry, Recording
 from protocol.schema import to_plain
@@ -77,7 +77,7 @@ def _size(change: Change) -> str:
     if not change.n_differ:
         return "the same numbers in other bits (0 and -0, or another NaN)"
     at = f"at [{', '.join(map(str, reversed(change.at)))}]: {change.a:.6g} and {change.b:.6g}"
-    count = f"{change.n_differ:,} of {plural(change.n_values, 'value')}"
+    count = f"{change.n_differ:,} of {change.n_values:,} {'value' if change.n_values == 1 else 'values'}"
     return f"{count}, {at}" if change.distance is None else f"{count}, at most by {change.distance:.4g} ({at})"
 
 

@@ -14,6 +14,7 @@ from coordinator.runtime.evaluate import Shipped
 from coordinator.runtime.generate import Timings
 from coordinator.runtime.session import Session
 from coordinator.schedule.lower import link_bytes
+from protocol.timing import PS
 
 _KIND = {"cpu": "host", "accel": "sim", "null": "computes nothing"}
 
@@ -80,6 +81,31 @@ def speed_line(timings: Timings, first_token_ns: int) -> str:
     return " · ".join(parts)
 
 
+def virtual_line(timings: Timings, devices: Sequence[str]) -> str:
+    """`on the modelled gpu0, cpu: encode 1.52 ms · prompt 15 tokens 1.07 ms · 12 tokens, 980/s`, by the virtual clock."""
+    parts = []
+    if timings.digests:
+        parts.append(f"encode {_ms(timings.encode_ps)}")
+    parts.append(f"prompt {plural(timings.n_prompt, 'token')} {_ms(timings.prompt_ps)}")
+    if timings.n_decoded and timings.decode_ps:
+        parts.append(f"{plural(timings.n_decoded + 1, 'token')}, {timings.n_decoded * PS / timings.decode_ps:,.0f}/s")
+    return f"on the modelled {', '.join(devices)}: " + " · ".join(parts)
+
+
+def _ms(ps: int) -> str:
+    return f"{ps / 1e9:.3g} ms"
+
+
+def virtual_document(timings: Timings, devices: Sequence[str]) -> dict[str, Any]:
+    """The virtual clock's times for programs."""
+    return {
+        "devices": list(devices),
+        "encode_ms": timings.encode_ps / 1e9,
+        "prompt_ms": timings.prompt_ps / 1e9,
+        "decode_ms": timings.decode_ps / 1e9,
+    }
+
+
 def kept_line(session: Session) -> str:
     """What safe ownership keeps for the language graph, "" for nothing."""
     kept = sum(budget.parts.get("kept", 0) for budget in session.budgets)
@@ -122,6 +148,7 @@ def run_document(
     """The same facts for programs (`--json`)."""
     names = session.topology.names
     graphs = {"vision": timings.vision, "prompt": timings.prompt, "token": timings.decode}
+    machine = None if session.stopwatch is None else session.stopwatch.machine
     return {
         "model": {"file": session.model.path.name, "arch": session.params.arch, "name": session.params.name},
         "text": text,
@@ -158,4 +185,5 @@ def run_document(
             "decoded_tokens": timings.n_decoded,
             "first_token_ms": first_token_ns / 1e6,
         },
+        **({} if machine is None else {"virtual": virtual_document(timings, machine.names)}),
     }

@@ -1,8 +1,15 @@
-"""What `--dump-tensor` prints: a line per tensor, and its first and last values."""
+"""What becomes of tensors that are looked at: a line, a file, an entry of a recording."""
 
 from __future__ import annotations
 
-from coordinator.runtime.taps import Statistics, Tap, Values
+from contextlib import ExitStack
+from pathlib import Path
+
+from rich.console import Console
+
+from coordinator.report.text import plain
+from coordinator.runtime.recording import Header, RecordingFile, entry_of
+from coordinator.runtime.taps import DumpFolder, Statistics, Tap, Values, statistics
 
 _ENDS = 3
 """Values shown of each end."""
@@ -46,3 +53,45 @@ def ends(values: Values) -> str:
         return " ".join(f"{flat[i]:.5g}" for i in range(n))
     first = " ".join(f"{flat[i]:.5g}" for i in range(_ENDS))
     return f"{first} ... {' '.join(f'{flat[i]:.5g}' for i in range(n - _ENDS, n))}"
+
+
+class Looking:
+    """Shows, saves and records each tensor that a session hands it; each is optional.
+
+    Raises InputError at once for a folder or file that cannot be written.
+    """
+
+    def __init__(self, console: Console, *, show: bool, folder: Path | None, record: Path | None) -> None:
+        self.console, self.show = console, show
+        self.folder = None if folder is None else DumpFolder(folder)
+        self.record = None if record is None else RecordingFile(record)
+        self.stack = ExitStack()
+
+    def __enter__(self) -> Looking:
+        if self.record is not None:
+            self.stack.enter_context(self.record)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stack.close()
+
+    def begin(self, head: Header) -> None:
+        """The run is known."""
+        if self.record is not None:
+            self.record.begin(head)
+
+    def __call__(self, tap: Tap) -> None:
+        """A session's `on_tensor`."""
+        values = tap.values()
+        stats, sha256 = statistics(values), tap.sha256()
+        if self.show:
+            self.console.print(plain(tap_line(tap, values, stats, sha256)))
+        if self.folder is not None:
+            self.folder.write(tap)
+        if self.record is not None and not tap.unread:
+            self.record.add(entry_of(tap, stats, sha256))
+
+    def finish(self, tokens: list[tuple[int, str]], stopped: str = "") -> None:
+        """The run is over; `tokens` as `generate` yields them."""
+        if self.record is not None:
+            self.record.finish(tokens, stopped)

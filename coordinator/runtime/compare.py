@@ -103,9 +103,18 @@ def compare(a: Recording, b: Recording) -> Comparison:
         if layer:
             layers.setdefault(layer, []).append(changed)
     return Comparison(
-        a, b, len(pairs), len(a.entries) - len(pairs), len(b.entries) - len(pairs), first,
-        max(len(pairs) - at - 1, 0), sum(differ[at + 1 :]), _parts(evaluations), _parts(layers), first_token(a, b),
-    )  # fmt: skip
+        a,
+        b,
+        n_common=len(pairs),
+        only_a=len(a.entries) - len(pairs),
+        only_b=len(b.entries) - len(pairs),
+        first=first,
+        n_later=max(len(pairs) - at - 1, 0),
+        n_later_differ=sum(differ[at + 1 :]),
+        evaluations=_parts(evaluations),
+        layers=tuple(sorted(_parts(layers), key=_layer_order)),
+        token=first_token(a, b),
+    )
 
 
 def same(a: Entry, b: Entry) -> bool:
@@ -134,6 +143,12 @@ def first_token(a: Recording, b: Recording) -> TokenChange | None:
 
 def _parts(found: dict[str, list[bool]]) -> tuple[Part, ...]:
     return tuple(Part(label, sum(changed), len(changed)) for label, changed in found.items())
+
+
+def _layer_order(part: Part) -> tuple[bool, str, int]:
+    """Vision before language, layers by number."""
+    where, _, number = part.label.rpartition(" ")
+    return where.startswith("language"), where, int(number)
 
 
 def _change(a: Values | None, b: Values | None) -> Change | None:

@@ -17,12 +17,14 @@ from coordinator.runtime.fleet import Fleet, Violation
 from coordinator.runtime.inputs import Array
 from coordinator.runtime.memory import Memory
 from coordinator.runtime.quirks import unwritten
+from coordinator.runtime.stopwatch import Evaluation, Stopwatch
 from coordinator.runtime.taps import Patterns, Tap, Watched, compile_patterns, watch
 from coordinator.schedule.lower import Keep, Lowered, lower
 from coordinator.schedule.plan import Plan
 from coordinator.schedule.scheduler import Scheduler
 from protocol import messages as m
 from protocol.program import NOWHERE, Kind, pack_instructions, pack_ops
+from protocol.timing import Cost, Times, pack_costs, unpack_times
 
 MAX_KEPT = 64
 """Programs kept per session; the one that was not used for longest goes first."""
@@ -30,7 +32,7 @@ MAX_KEPT = 64
 
 @dataclass(frozen=True, slots=True)
 class Shipped:
-    """A program that every worker of `workers` holds."""
+    """A program that every worker of `workers` holds, in the order in which they take their turns."""
 
     number: int
     name: str
@@ -39,6 +41,7 @@ class Shipped:
     workers: tuple[int, ...]
     expectations: tuple[WorkerExpectations, ...] = ()  # of each worker, in strict ownership
     watched: Watched | None = None  # when tensors are looked at
+    costs: Sequence[Sequence[Cost]] = ()  # of each worker's instructions, with a virtual clock
 
     @property
     def plan(self) -> Plan:
@@ -55,6 +58,7 @@ class StepResult:
     wall_ns: int
     done: dict[int, m.Done]
     taps: tuple[Tap, ...] = ()
+    virtual_ps: int = 0  # by the virtual clock, when there is one
 
 
 class Evaluator:
@@ -68,10 +72,12 @@ class Evaluator:
         *,
         overlaps: bool = False,
         taps: Patterns | None = None,
+        stopwatch: Stopwatch | None = None,
     ) -> None:
         self.fleet, self.memory, self.schedulers = fleet, memory, tuple(schedulers)
         self.overlaps = overlaps  # results may lie on bytes that are still read: plans of ggml's that are wrong
         self.taps = compile_patterns(()) if taps is None else taps
+        self.stopwatch = stopwatch  # when times are taken
         self.evaluations: Counter[str] = Counter()  # by graph
         self.programs: dict[Hashable, Shipped] = {}
         self.history: list[tuple[int, Shipped]] = []  # first step of each run of steps of one program, when strict
@@ -134,6 +140,7 @@ class Evaluator:
         watched: Watched | None,
     ) -> Shipped:
         number = next(self.fleet.program_numbers)
+        costs = self.stopwatch.costs(lowered) if self.stopwatch is not None else []
         workers = []
         for worker, program in enumerate(lowered.programs):
             if not program.instructions and not program.outputs and not program.digests:
@@ -148,19 +155,22 @@ class Evaluator:
                 program.digests,
                 tuple(self.memory.peer_arena(*pair) for pair in sorted(received)),
                 self.overlaps,
+                "" if self.stopwatch is None else self.stopwatch.timing,
             )
             tables = [pack_ops(program.ops).tobytes(), pack_instructions(program.instructions).tobytes()]
             if expectations:
                 tables.append(expectations[worker].table.tobytes())
+            if costs:
+                tables.append(pack_costs(costs[worker]).tobytes())
             self.fleet.send(worker, message, tables)
             workers.append(worker)
         self.fleet.doing = f"the {name} graph"
         self.fleet.gather(workers)
-        return Shipped(number, name, scheduler, lowered, tuple(workers), expectations, watched)
+        return Shipped(number, name, scheduler, lowered, _in_turn(lowered, workers), expectations, watched, costs)
 
     def run(self, shipped: Shipped, inputs: Mapping[str, Array]) -> StepResult:
         """One evaluation. Inputs that are not given (unused debug tensors) stay as they are."""
-        start = time.perf_counter_ns()
+        start = time.monotonic_ns()
         step = next(self.fleet.step_numbers)
         self.fleet.doing = f"the {shipped.name} graph"
         if shipped.expectations and (not self.history or self.history[-1][1] is not shipped):
@@ -177,6 +187,7 @@ class Evaluator:
         digests: dict[str, str] = {}
         done: dict[int, m.Done] = {}
         tapped: dict[int, memoryview] = {}
+        times: dict[int, list[Times]] = {}
         for worker, envelope in answers.items():
             program, message = shipped.lowered.programs[worker], envelope.message
             assert isinstance(message, m.Done)
@@ -185,19 +196,39 @@ class Evaluator:
             outputs |= {
                 port.name: data for port, data in zip(program.outputs, envelope.buffers[:n_outputs], strict=True)
             }
-            for data in envelope.buffers[n_outputs:]:
+            others = list(envelope.buffers[n_outputs:])
+            if self.stopwatch is not None:
+                times[worker] = unpack_times(others.pop())
+            for data in others:
                 tapped[worker] = data
             digests |= {port.name: text for port, text in zip(program.digests, message.digests, strict=True)}
-        wall_ns = time.perf_counter_ns() - start
+        wall_ns = time.monotonic_ns() - start
         self.evaluations[shipped.name] += 1
         taps: tuple[Tap, ...] = ()
         if shipped.watched is not None:
             taps = tuple(shipped.watched.taps(shipped.name, self.evaluations[shipped.name], step, tapped))
-        return StepResult(outputs, digests, wall_ns, done, taps)
+        virtual_ps = 0
+        if self.stopwatch is not None:
+            virtual_ps = self.stopwatch.took(
+                Evaluation(
+                    shipped.name, shipped.lowered, start, start + wall_ns, self.stopwatch.now_ps, times, shipped.costs
+                )
+            )
+        return StepResult(outputs, digests, wall_ns, done, taps, virtual_ps)
 
     def _program_at(self, step: int) -> Shipped:
         """The program that ran in a step, as strict ownership remembers."""
         return self.history[bisect_right(self.history, step, key=lambda entry: entry[0]) - 1][1]
+
+
+def _in_turn(lowered: Lowered, workers: Sequence[int]) -> tuple[int, ...]:
+    """Who begins without a peer comes first, and is woken first; who has outputs comes last, and is awaited last."""
+
+    def turn(worker: int) -> tuple[bool, bool]:
+        program = lowered.programs[worker]
+        return bool(program.instructions) and program.instructions[0].kind is Kind.RECV, bool(program.outputs)
+
+    return tuple(sorted(workers, key=turn))
 
 
 def _raw(array: Array) -> memoryview:

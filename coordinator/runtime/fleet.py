@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from types import TracebackType
@@ -14,19 +14,19 @@ from typing import Any
 import zmq
 
 from coordinator.config import Topology, WorkerSpec
+from coordinator.runtime.control import Control, Letter
 from coordinator.runtime.nursery import Nursery
 from coordinator.runtime.process import Start, WorkerProcess, start_workers
 from coordinator.runtime.signals import Held
 from coordinator.runtime.watch import Watch
+from protocol import mailbox, rundir, sharedmem, sockets
 from protocol import messages as m
-from protocol import rundir, sockets
-from protocol.board import Board, State
+from protocol.board import NBYTES, Board, State
 from protocol.errors import CrossdockError, ProtocolError, WorkerError
 from protocol.features import has
 from protocol.version import MAJOR, MINOR
-from protocol.wire import Buffer, Envelope, decode, encode
+from protocol.wire import Buffer, Envelope
 
-_POLL_MS = 20
 _GRACE_S = 0.5
 _DEATH_S = 1.0  # between the end of a connection and the end of its process
 START_TIMEOUT_S = 120.0
@@ -63,7 +63,7 @@ class Fleet:
 
     directory: str
     context: sockets.Context
-    socket: zmq.Socket[bytes]
+    control: Control
     endpoint: str
     board: Board
 
@@ -80,7 +80,6 @@ class Fleet:
         self.step_numbers = itertools.count(1)
         self._token = sockets.new_token()
         self._identities = [sockets.identity(name, 0, self._token) for name in topology.names]
-        self._index = {identity: i for i, identity in enumerate(self._identities)}
         self._expected: list[deque[type]] = [deque() for _ in topology.names]
         self._stack = ExitStack()
         self._broken = ""
@@ -102,13 +101,18 @@ class Fleet:
         tcp = self.options.transport == "tcp"
         self.directory = rundir.run_directory()
         self._stack.callback(rundir.remove_run_directory, self.directory)
-        self.board = Board.create(self.directory)
+        size = mailbox.nbytes(len(self.topology.workers)) if self._has_mailboxes() else NBYTES
+        self.board = Board(sharedmem.create(size, self.directory, "board"))
         self._stack.callback(self.board.segment.close)
         self.context = sockets.new_context(self._token if tcp else "")
         self._stack.callback(self.context.term)
-        self.socket = sockets.control_server(self.context)
-        self._stack.callback(self.socket.close)
-        self.endpoint = sockets.bind(self.socket, self.options.transport, self.directory, "control", self.options.port)
+        socket = sockets.control_server(self.context)
+        self._stack.callback(socket.close)
+        self.control = Control(socket, self._identities)
+        self.endpoint = sockets.bind(socket, self.options.transport, self.directory, "control", self.options.port)
+
+    def _has_mailboxes(self) -> bool:
+        return self.options.transport == "ipc" and self.plane == "shared" and has("mailbox")
 
     def start(self) -> None:
         """Start all workers. Raises WorkerError."""
@@ -125,6 +129,11 @@ class Fleet:
             "board": self.board.segment.path, "token": self._token,
         }  # fmt: skip
 
+    @property
+    def compiling(self) -> bool:
+        """True while kernels are compiled for the workers, once for this machine."""
+        return self._nursery is not None and self._nursery.compiling
+
     def handshake(self) -> None:
         """Wait until every worker has said hello, and welcome them all.
 
@@ -135,9 +144,9 @@ class Fleet:
         deadline = time.monotonic() + START_TIMEOUT_S
         while len(hellos) < len(names):
             missing = [i for i in range(len(names)) if i not in hellos]
-            worker, frames = self._receive(missing, deadline)
+            worker, letter = self._receive(missing, deadline)
             try:
-                hello = decode(frames).message
+                hello = letter().message
                 self._check_hello(worker, hello)
             except ProtocolError as error:
                 self._refuse(worker, str(error))
@@ -147,8 +156,10 @@ class Fleet:
             else:  # somebody who took a worker's name: the worker itself is still to come
                 self._refuse(worker, "you were not started by this run")
         endpoints = tuple(hellos[i].data_endpoint for i in range(len(names)))
+        if self._has_mailboxes() and all("mailbox" in hello.features for hello in hellos.values()):
+            self.control.offer(self.board.segment)
         for index in range(len(names)):
-            self.send(index, m.Welcome(index, names, endpoints, self.plane))
+            self._send(index, m.Welcome(index, names, endpoints, self.plane), handshake=True)
 
     def _check_hello(self, worker: int, hello: object) -> None:
         if not isinstance(hello, m.Hello):
@@ -160,22 +171,25 @@ class Fleet:
 
     def _refuse(self, worker: int, reason: str) -> None:
         with suppress(zmq.ZMQError):
-            self.socket.send_multipart([self._identities[worker], *encode(m.Refused(reason[:1000]))])
+            self.control.send_directly(worker, m.Refused(reason[:1000]))
 
     def send(self, worker: int, message: Any, buffers: Sequence[Buffer] = ()) -> None:
-        """Send to a worker by index. Raises WorkerError when it is gone, or an earlier request failed."""
+        """Send to a worker by index. Raises WorkerError when an earlier request failed, or it is seen to be gone."""
         if self._broken:
             raise WorkerError(f"this run has ended: {self._broken}")
+        self._send(worker, message, buffers)
+        answer = m.ANSWERS.get(type(message))
+        if answer is not None:
+            self._expected[worker].append(answer)
+
+    def _send(self, worker: int, message: Any, buffers: Sequence[Buffer] = (), *, handshake: bool = False) -> None:
         try:
-            self.socket.send_multipart([self._identities[worker], *encode(message, buffers)])
+            (self.control.send_directly if handshake else self.control.send)(worker, message, buffers)
         except zmq.ZMQError as error:
             if worker < len(self.processes):
                 self.processes[worker].wait(_DEATH_S)
             self._check_alive()
             raise WorkerError(f"{self.topology.names[worker]}: cannot be reached: {error.strerror}") from None
-        answer = m.ANSWERS.get(type(message))
-        if answer is not None:
-            self._expected[worker].append(answer)
 
     def request(self, worker: int, message: Any, buffers: Sequence[Buffer] = ()) -> Envelope:
         """Send, and wait for the answer. Raises what the worker failed with, or WorkerError when it dies."""
@@ -183,7 +197,7 @@ class Fleet:
         return self.gather([worker])[worker]
 
     def gather(self, workers: Sequence[int]) -> Mapping[int, Envelope]:
-        """One answer from each of `workers`, of the kind that its request asks for. Raises as `request`.
+        """One answer from each of `workers`, the latest expected last, of the kind its request asks for. As `request`.
 
         The first failure ends it, and the fleet: the others may wait for ever for the worker that failed.
         """
@@ -194,22 +208,22 @@ class Fleet:
             raise
 
     def _gather(self, workers: Sequence[int]) -> Mapping[int, Envelope]:
-        missing = set(workers)
+        missing = list(workers)
         answers: dict[int, Envelope] = {}
         while missing:
-            worker, frames = self._receive(missing, None)
-            envelope = self._answer(worker, frames)
+            worker, letter = self._receive(missing, None)
+            envelope = self._answer(worker, letter)
             if worker not in missing:
                 raise ProtocolError(f"{self.topology.names[worker]}: answered twice, or to nothing")
-            missing.discard(worker)
+            missing.remove(worker)
             answers[worker] = envelope
         return answers
 
-    def _answer(self, worker: int, frames: Sequence[bytes]) -> Envelope:
-        """The answer in frames. Raises what it says when it is `Failed`, ProtocolError when it is not the next one."""
+    def _answer(self, worker: int, letter: Letter) -> Envelope:
+        """The answer. Raises what it says when it is `Failed`, ProtocolError when it is not the next one."""
         name, awaited = self.topology.names[worker], self._expected[worker]
         try:
-            envelope = decode(frames)
+            envelope = letter()
         except ProtocolError as error:
             raise ProtocolError(f"{name}: {error}") from None
         expected = awaited.popleft() if awaited else None
@@ -222,18 +236,16 @@ class Fleet:
             raise ProtocolError(f"{name}: expected {wanted}, got {type(envelope.message).__name__}")
         return envelope
 
-    def _receive(self, awaited: Collection[int], deadline: float | None) -> tuple[int, list[bytes]]:
+    def _receive(self, awaited: Sequence[int], deadline: float | None) -> tuple[int, Letter]:
         """The next message, while all workers live, somebody gets on, and the deadline has not passed."""
-        watch = Watch(self.board, self.processes, awaited)
+        watch = None
         reports = 0
         while True:
-            if self.socket.poll(_POLL_MS):
-                identity, *frames = self.socket.recv_multipart()
-                worker = self._index.get(identity)
-                if worker is not None:
-                    return worker, frames
-                continue  # a stranger: not worth an answer, let alone the run
+            found = self.control.receive(awaited)
+            if found is not None:
+                return found
             self._check_alive()
+            watch = watch or Watch(self.board, self.processes, awaited)
             if self._nursery is not None and self._nursery.n_reports != reports:
                 reports = self._nursery.n_reports  # workers are born, or kernels compiled for them
                 watch = Watch(self.board, self.processes, awaited)
@@ -278,7 +290,7 @@ class Fleet:
     def _dismiss(self) -> None:
         for index in range(len(self.processes)):
             with suppress(CrossdockError, zmq.ZMQError):
-                self.socket.send_multipart([self._identities[index], *encode(m.Shutdown())])
+                self.control.send(index, m.Shutdown())
         deadline = time.monotonic() + _GRACE_S
         for process in self.processes:
             process.wait(max(0.0, deadline - time.monotonic()))

@@ -29,6 +29,9 @@ class Timings:
     vision: Shipped | None = None
     prompt: Shipped | None = None
     decode: Shipped | None = None
+    encode_ps: int = 0  # by the virtual clock, where there is one: without what the host does between evaluations
+    prompt_ps: int = 0
+    decode_ps: int = 0
     stop: str = "length"  # why the answer ended: stop (a stop token), length (-n), context (full)
 
     @property
@@ -70,6 +73,7 @@ def encode_images(session: Session, prompt: Prompt, timings: Timings) -> None:
     for number, tiles in enumerate(prompt.images):
         result, timings.vision = session.encode(number, tiles)
         timings.encode_ns += result.wall_ns
+        timings.encode_ps += result.virtual_ps
         timings.digests.append(result.digests["vision_output"])
     if session.params.vision is not None and spans:
         session.masks = CrossMasks.of(session.params.vision, spans, len(prompt.tokens))
@@ -85,7 +89,8 @@ def generate(
     history = list(prompt.tokens)
     start = time.perf_counter_ns()
     for first in range(0, len(history), session.options.n_ubatch):
-        logits, _, timings.prompt = session.evaluate(history[first : first + session.options.n_ubatch])
+        logits, result, timings.prompt = session.evaluate(history[first : first + session.options.n_ubatch])
+        timings.prompt_ps += result.virtual_ps
     timings.prompt_ns, timings.n_prompt = time.perf_counter_ns() - start, len(history)
     stream = tokenizer.stream()
     for made in range(n_predict):
@@ -102,8 +107,9 @@ def generate(
             timings.stop = "context"
             break
         start = time.perf_counter_ns()
-        logits, _, timings.decode = session.evaluate([token])
+        logits, result, timings.decode = session.evaluate([token])
         timings.decode_ns += time.perf_counter_ns() - start
+        timings.decode_ps += result.virtual_ps
         timings.n_decoded += 1
     rest = stream.finish()
     if rest:

@@ -81,6 +81,12 @@ class CrossMasks:
         A position that sees nothing has its mask opened (it attends to everything) and its row mask 0, as in
         Hugging Face's implementation.
         """
+        if n_tokens == 1:  # each step of a generation
+            row = self.visible[min(first, len(self.visible) - 1)]
+            if row.any():
+                mask = np.full((1, len(row)), MASKED)
+                mask[0, row] = 0
+                return {"cross_mask": mask, "row_mask": np.ones((1, 1), np.float32)}
         index = np.minimum(np.arange(first, first + n_tokens), len(self.visible) - 1)
         visible = self.visible[index]
         sees = np.asarray(visible.any(axis=1)).reshape(-1, 1)
@@ -91,13 +97,17 @@ class CrossMasks:
 def text_inputs(tokens: Sequence[int], n_past: int, n_kv: int) -> dict[str, Array]:
     """Inputs of the language graph for `tokens` at positions n_past, n_past + 1, ...; logits of the last one."""
     n = len(tokens)
-    positions = np.arange(n_past, n_past + n)
-    mask = np.where(np.arange(n_kv)[None, :] <= positions[:, None], np.float16(0), MASKED)
+    positions = np.arange(n_past, n_past + n, dtype=np.int64)
+    if n == 1:  # each step of a generation
+        mask = np.full((1, n_kv), MASKED)
+        mask[0, : n_past + 1] = 0
+    else:
+        mask = np.where(np.arange(n_kv)[None, :] <= positions[:, None], np.float16(0), MASKED)
     return {
         "inp_tokens": np.array(tokens, np.int32),
         "inp_pos": positions.astype(np.int32),
-        "attn_inp_k_idxs": positions.astype(np.int64),
-        "attn_inp_v_idxs": positions.astype(np.int64),
-        "attn_inp_kq_mask": mask.astype(np.float16),
+        "attn_inp_k_idxs": positions,
+        "attn_inp_v_idxs": positions,
+        "attn_inp_kq_mask": mask,
         "out_ids": np.array([n - 1], np.int32),
     }

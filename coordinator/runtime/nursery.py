@@ -41,6 +41,7 @@ class Nursery:
         self.process, self._report, self._names, self._was_reaper = process, report, tuple(names), was_reaper
         self.pids: dict[str, int] = {}
         self.n_reports = 0
+        self.compiling = False
         self._heard = b""
 
     @classmethod
@@ -103,6 +104,7 @@ class Nursery:
             self._let_go()
 
     def _note(self, words: list[str]) -> None:
+        self.compiling = words == ["compiling"]
         if len(words) == 3 and words[0] == "born" and words[1] in self._names and words[2].isdigit():
             self.pids[words[1]] = int(words[2])
 

@@ -166,14 +166,14 @@ class RecordingFile:
 
     def _line(self, value: Header | Entry | End) -> None:
         try:
-            self.file.write(json.dumps(to_plain(value), ensure_ascii=False, allow_nan=False) + "\n")
+            self.file.write(json.dumps(to_plain(value), allow_nan=False) + "\n")
         except OSError as error:
             raise InputError(f"--record {self.path}: cannot be written: {error.strerror}") from None
 
 
 def _end(n_tensors: int, tokens: list[tuple[int, str]], stopped: str) -> End:
     made = [(token, text) for token, text in tokens if token >= 0]
-    return End(n_tensors, tuple(token for token, _ in made), tuple(text for _, text in made), stopped)
+    return End(n_tensors, tuple(token for token, _ in made), tuple(text for _, text in made), stopped[:4000])
 
 
 def read_recording(path: Path) -> Recording:
@@ -203,8 +203,10 @@ def read_recording(path: Path) -> Recording:
         raise InputError(f"{path.name}: an empty file is no recording: expected one of `crossdock run --record`")
     if end is None:
         raise InputError(f"{path.name}: ends after {len(entries)} tensors without its last line: the file is cut short")
-    if end.n_tensors != len(entries) or len(end.tokens) != len(end.texts):
+    if end.n_tensors != len(entries):
         raise InputError(f"{path.name}: expected {end.n_tensors} tensors, found {len(entries)}")
+    if len(end.tokens) != len(end.texts):
+        raise InputError(f"{path.name}: {len(end.tokens)} tokens and {len(end.texts)} texts: expected as many")
     return Recording(path.name, head, tuple(entries), end)
 
 
@@ -213,7 +215,7 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         with path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 try:
-                    plain = json.loads(line)
+                    plain = json.loads(line, parse_constant=_refuse)
                 except (ValueError, RecursionError) as error:
                     raise InputError(f"{path.name}, line {number}: not JSON: {error}") from None
                 if not isinstance(plain, dict):
@@ -236,5 +238,9 @@ def _read_header(plain: dict[str, Any], where: str) -> Header:
 def _read(cls: type[T], plain: dict[str, Any], where: str) -> T:
     try:
         return from_plain(cls, plain, where)
-    except ProtocolError as error:
-        raise InputError(str(error)) from None
+    except (ProtocolError, OverflowError) as error:
+        raise InputError(str(error) if isinstance(error, ProtocolError) else f"{where}: {error}") from None
+
+
+def _refuse(text: str) -> None:
+    raise ValueError(f"{text} is no number of JSON")

@@ -24,6 +24,7 @@ from coordinator.runtime.fleet import Fleet
 from coordinator.runtime.inputs import Array, CrossMasks, text_inputs, vision_inputs, vision_inputs_2024
 from coordinator.runtime.memory import HANDLES, Budget, Memory
 from coordinator.runtime.quirks import Quirk, lost_image, with_leaf_caches, with_pins
+from coordinator.runtime.stopwatch import Stopwatch
 from coordinator.runtime.taps import Tap, check_patterns, compile_patterns
 from coordinator.schedule.lower import Home, Keep
 from coordinator.schedule.placement import Placement, PlacementOptions, plan_placement
@@ -89,7 +90,8 @@ class Session:
     graph left it. Raises UsageError for several images that would have to lie in that one place.
 
     `on_tensor`, when it is set, is called with each tensor of `options.taps` after each evaluation, in the plan's order
-    and whatever worker it was on: ggml's eval callback, without stopping between nodes.
+    and whatever worker it was on: ggml's eval callback, without stopping between nodes. `stopwatch`, set before `open`,
+    takes the times of all evaluations.
     """
 
     def __init__(
@@ -110,6 +112,7 @@ class Session:
             )
         self.taps = compile_patterns(options.taps)
         self.on_tensor: Callable[[Tap], None] | None = None
+        self.stopwatch: Stopwatch | None = None
         self.n_ctx = _context_size(params, options.n_ctx)
         self.devices = devices_of(topology)
         memory = [spec.memory for spec in topology.workers]
@@ -153,11 +156,11 @@ class Session:
         n_tokens = min(self.options.n_ubatch, self.n_ctx)
         prompt = self._language_graph(n_tokens, self.n_ctx, write=True)
         self._route_debug(vision, prompt)
-        check_patterns(self.taps, (prompt,) if vision is None else (vision, prompt))
         graphs = [
             self._language_graph(n_tokens, self.n_ctx, write=True),
             self._language_graph(1, self.n_ctx, write=False),
         ]
+        check_patterns(self.taps, [*([] if vision is None else [vision]), *graphs])
         if vision is not None:
             vision = self._vision_graph()
             self.schedulers[0].reserve(vision)
@@ -182,7 +185,9 @@ class Session:
         self.memory.load(self.residents)
         for number, scheduler in enumerate(self.schedulers):
             self.memory.fit_compute(number, scheduler.buffer_sizes)
-        self.evaluator = Evaluator(fleet, self.memory, self.schedulers, overlaps=not self.keeps, taps=self.taps)
+        self.evaluator = Evaluator(
+            fleet, self.memory, self.schedulers, overlaps=not self.keeps, taps=self.taps, stopwatch=self.stopwatch
+        )
 
     def close(self) -> None:
         """Give the workers' memory back; the fleet can open another session then."""

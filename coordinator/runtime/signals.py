@@ -40,6 +40,11 @@ def settle() -> None:
     _State.depth += 1
 
 
+def arrived() -> bool:
+    """True when a signal has come. C extensions turn the interrupt into errors of their own while they are imported."""
+    return _State.seen > 0
+
+
 class Held:
     """`with Held():` a signal waits until the block is left, and interrupts then. Blocks may nest."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 from collections import Counter
@@ -63,7 +64,7 @@ def check_patterns(patterns: Patterns, graphs: Sequence[Graph]) -> None:
     names |= {g.tensors[i].name for g in graphs for i in g.nodes}
     for text, pattern in zip(patterns.texts, patterns.compiled, strict=True):
         if not any(pattern.search(name) for name in names):
-            where = " or ".join(graph.name for graph in graphs)
+            where = " or ".join(dict.fromkeys(graph.name for graph in graphs))
             last = graphs[0].tensors[graphs[0].nodes[-1]].name
             raise UsageError(
                 f"--dump-tensor {text}: matches no node or input of {where}; expected a regular expression for names "
@@ -97,7 +98,7 @@ class Tap:
     data: memoryview
 
     def elements(self) -> Values:
-        """Strided view in numpy's order of extents (ne reversed); BF16 as 16-bit words, blocks as bytes, last extent."""
+        """Strided view in numpy's order of extents (ne reversed); BF16 as 16-bit words, rows of blocks as bytes."""
         ne, nb = self.ne[::-1], self.nb[::-1]
         if self.dtype.quantised:
             shape = (*ne[:-1], ne[-1] // self.dtype.block * self.dtype.block_nbytes)
@@ -144,7 +145,10 @@ def statistics(values: Values) -> Statistics:
     if not len(flat):
         return Statistics(None, None, None, None, n_nan, n_inf)
     wide = flat.astype(np.float64)
-    return Statistics(float(wide.min()), float(wide.max()), float(wide.mean()), float(wide.std()), n_nan, n_inf)
+    with np.errstate(over="ignore", invalid="ignore"):  # sums of the largest float64 may overflow
+        found = [float(value) for value in (wide.min(), wide.max(), wide.mean(), wide.std())]
+    lowest, highest, mean, deviation = (value if math.isfinite(value) else None for value in found)
+    return Statistics(lowest, highest, mean, deviation, n_nan, n_inf)
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ INPLACE_OPS = frozenset({
 """Ops whose result may take the place of a source."""
 
 FITS, GROWN, LEAFS = range(3)
-"""Whether a graph can have the places of the last reservation; see `fits`."""
+"""Whether a graph can have the places of the last reservation; see `fit_places`."""
 
 _CAN_INPLACE = np.zeros(N_OPS, np.bool_)
 _CAN_INPLACE[list(INPLACE_OPS)] = True
@@ -71,8 +71,8 @@ def reserve(g: GraphArrays, d: DeviceTable, tasks: Tasks, n_bufts: int) -> tuple
 
 
 @compiled
-def fits(tasks: Tasks, before: Tasks, old: Tasks, reserved: Places, end: I64) -> int:
-    """Whether the graph can have the places reserved for `old`: FITS, or GROWN, or LEAFS.
+def fit_places(tasks: Tasks, before: Tasks, old: Tasks, reserved: Places, end: I64, places: Places) -> int:
+    """Whether the graph can have the places reserved for `old`: FITS, and `places` has them, or GROWN, or LEAFS.
 
     GROWN is ggml's decision to reallocate: buffer types by position against the graph `before`, sizes of nodes and
     sources against what was reserved, never identity; leafs are not looked at. LEAFS says that they should have been:
@@ -96,6 +96,7 @@ def fits(tasks: Tasks, before: Tasks, old: Tasks, reserved: Places, end: I64) ->
             b = reserved.buft[at]
             if b == NOWHERE or reserved.offset[at] + tasks.nbytes[t] > end[b, reserved.chunk[at]]:
                 return LEAFS
+    _take_all(tasks, old, reserved, places)
     return FITS
 
 
@@ -117,7 +118,13 @@ def _fits_one(tasks: Tasks, t: int, reserved: Places, before: int) -> bool:
 
 
 @compiled
-def take_places(tasks: Tasks, old: Tasks, reserved: Places, places: Places) -> None:
+def take_places(tasks: Tasks, reserved: Places, places: Places) -> None:
+    """Fill `places` from what was reserved for the same tasks."""
+    _take_all(tasks, tasks, reserved, places)
+
+
+@helper
+def _take_all(tasks: Tasks, old: Tasks, reserved: Places, places: Places) -> None:
     """Fill `places` by position from what was reserved for `old`; the first position of a tensor decides."""
     for i in range(tasks.leaf.size):
         _take(tasks, tasks.leaf[i], reserved, old.leaf[i], places)

@@ -35,7 +35,9 @@ def assign(graph: Graph, arrays: GraphArrays, devices: Devices, op_offload: bool
     Raises PlanError when a pre-allocated tensor lies where its op cannot run, or when no device supports an op.
     """
     backend = arrays.pin.copy()
-    cause = np.where(backend >= 0, USER, NO_CAUSE)
+    cause = np.full(backend.size, NO_CAUSE, np.int64)
+    if graph.pins:
+        cause[backend >= 0] = USER
     end, ident = run_passes(arrays, devices.table, op_offload, backend, cause)
     if end == OK:
         return backend, cause

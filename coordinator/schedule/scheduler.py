@@ -115,13 +115,16 @@ class Scheduler:
         self._copy = self._next_copy
         self._next_copy = (self._next_copy + 1) % self._n_copies
         draft = self._draft(graph)
-        reallocated = not self._can_reuse(draft.tasks)
+        places = allocate.no_places(draft.tasks.op.size)
+        reallocated = not self._reuse(draft.tasks, places)
         if reallocated:
             self._reserve(draft)
+            assert self._reserved is not None
+            allocate.take_places(draft.tasks, self._reserved[1], places)
         self._before = draft.tasks
         self._epoch += 1
         self._allocated = True
-        plan = self._finish(draft, reallocated)
+        plan = self._finish(draft, places, reallocated)
         self._last = draft, plan
         return plan
 
@@ -172,15 +175,18 @@ class Scheduler:
                 names = ", ".join(self._devices.index)
                 raise PlanError(f"tensor id {ident} is pinned to unknown device {device!r}: expected one of {names}")
 
-    def _can_reuse(self, tasks: Tasks) -> bool:
-        """ggml's decision not to reallocate, but for leafs, which ggml does not look at."""
+    def _reuse(self, tasks: Tasks, places: Places) -> bool:
+        """Fill `places` from the last reservation, unless ggml would reallocate, or a leaf does not fit.
+
+        ggml does not look at leafs.
+        """
         if self._reserved is None:
             return False
-        old, places = self._reserved
+        old, reserved = self._reserved
         ends = np.zeros((len(self._sizes), MAX_CHUNKS), np.int64)
         for k, size in enumerate(self._sizes):
             ends[k, : len(size or ())] = size or ()
-        found = allocate.fits(tasks, self._before or old, old, places, ends)
+        found = allocate.fit_places(tasks, self._before or old, old, reserved, ends, places)
         self._rescues += found == allocate.LEAFS
         return found == allocate.FITS
 
@@ -203,10 +209,6 @@ class Scheduler:
         self._before = draft.tasks
         return replaced
 
-    def _finish(self, draft: _Draft, reallocated: bool) -> Plan:
-        assert self._reserved is not None
-        old, reserved = self._reserved
-        places = allocate.no_places(draft.tasks.op.size)
-        allocate.take_places(draft.tasks, old, reserved, places)
+    def _finish(self, draft: _Draft, places: Places, reallocated: bool) -> Plan:
         decisions = Decisions(draft.graph, self._devices, draft.arrays, draft.backend, draft.cause, draft.parts, places)
         return Plan(draft.graph, self._devices.devices, decisions, self.buffer_sizes, reallocated, self._epoch)

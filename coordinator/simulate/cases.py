@@ -96,7 +96,7 @@ def _specs(row: Row, *, unknown: bool) -> tuple[Spec, ...]:
     """The devices of a row: by name, else by its columns; none where they may be `unknown`."""
     name = re.sub(r"^\d+\s*x\s+|\s*\(\d+x.*?\)", "", row.hardware)
     names = [part.strip() for part in name.split(" + ")] if " + " in name and "client" not in name else [name]
-    names = [part for part in names if part.upper() != "CPU"]
+    names = [part for part in names if part.upper() != "CPU"] or [name]
     try:
         found = [_spec(part.removesuffix("+ Mac client").strip(), row, alone=len(names) == 1) for part in names]
     except InputError:

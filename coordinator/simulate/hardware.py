@@ -28,9 +28,10 @@ def _none() -> Mapping[str, Any]:
 class Work:
     """What one op asks of a device.
 
-    `dtype` is that of the weights or of the KV cache; `weight_nbytes` and `n_weights` the matrix that is read once;
-    `read_nbytes` and `write_nbytes` everything else that is read and written; `flops` counts a multiplication and
-    its addition as two; `rows` are the columns of the right-hand side, tokens in a language model.
+    `dtype` is that of the weights or of the KV cache, `op` ggml's name where the kind does not say it;
+    `weight_nbytes` and `n_weights` the matrix that is read once; `read_nbytes` and `write_nbytes` everything else that
+    is read and written; `flops` counts a multiplication and its addition as two; `rows` are the columns of the
+    right-hand side, tokens in a language model.
     """
 
     kind: str
@@ -41,6 +42,35 @@ class Work:
     write_nbytes: int = 0
     flops: int = 0
     rows: int = 1
+    op: str = ""
+
+    @property
+    def key(self) -> str:
+        """What measured costs are looked up by: KIND.TYPE of products and attention, else OP.TYPE."""
+        kind = self.kind
+        if kind == "attention":
+            kind = "prompt-attention" if self.rows >= GEMM_ROWS else "attention"
+        return f"{self.op if kind in ('elementwise', 'copy') else kind}.{self.dtype.label}"
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What an op was measured to cost: seconds per op, byte of weights, other byte and FLOP, all of which add up.
+
+    `weight_s` is for weights that lie in the cache, `missed_s` for those that have to come from memory.
+    """
+
+    op_s: float = 0.0
+    weight_s: float = 0.0
+    missed_s: float = 0.0
+    byte_s: float = 0.0
+    flop_s: float = 0.0
+
+    def seconds(self, work: Work, missed: float = 0.0) -> float:
+        """How long `work` takes when this share of its weights is not in the cache."""
+        weight_s = self.weight_s + missed * max(0.0, self.missed_s - self.weight_s)
+        moved = work.read_nbytes + work.write_nbytes
+        return self.op_s + work.weight_nbytes * weight_s + moved * self.byte_s + work.flops * self.flop_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +88,10 @@ class DeviceModel:
     - `memory_nbytes` and `max_buffer_nbytes`: 0, no limit. `alignment` of tensors in its buffers.
     - `async_copies`: copies from and to it overlap with its computing.
     - `sources`: where each number comes from, by the name it has in a file.
+    - `costs`: measured ops (crossdock calibrate) by `Work.key`, or by what is before its dot; they replace the law.
+    - `cache_nbytes`: the last-level cache, which all devices that have one share (workers on one chip).
+    - `split_s`: overhead of each run of ops in a split. `accelerator`: the scheduler takes a device of class cpu for
+      one, as it does the accelerators that crossdock's own workers are.
     """
 
     name: str
@@ -77,10 +111,24 @@ class DeviceModel:
     async_copies: bool = False
     arch: str = ""
     sources: Mapping[str, str] = field(default_factory=_none)
+    costs: Mapping[str, Cost] = field(default_factory=_none)
+    cache_nbytes: int = 0
+    split_s: float = 0.0
+    accelerator: bool = False
 
-    def seconds(self, work: Work) -> float:
-        """How long `work` takes, its launch included."""
+    def seconds(self, work: Work, missed: float = 0.0) -> float:
+        """How long `work` takes, its launch included; `missed` is the share of its weights that the cache lost."""
+        cost = self.costs.get(work.key) or self.costs.get(work.key.partition(".")[0])
+        if cost is not None:
+            return cost.seconds(work, missed)
         return self.launch_s + self.busy_s(work)
+
+    def missed(self, nbytes: int) -> float:
+        """The share of its weights that an evaluation over `nbytes` of them finds in memory only: 0 to 1.
+
+        Misses begin before the cache is full; the square is what one machine showed.
+        """
+        return min(1.0, nbytes / self.cache_nbytes) ** 2 if self.cache_nbytes else 0.0
 
     def busy_s(self, work: Work) -> float:
         """How long `work` takes once it has been launched."""

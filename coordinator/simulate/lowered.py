@@ -11,7 +11,7 @@ from coordinator.schedule.residents import Key
 from coordinator.simulate.fabric import Fabric
 from coordinator.simulate.hardware import DeviceModel, Work
 from coordinator.simulate.timed import Act, Do, Hop, Timed
-from coordinator.simulate.work import copy_work, work_of
+from coordinator.simulate.work import OUTPUT, copy_work, output_work, weight_footprint, work_of
 from protocol.errors import UsageError
 from protocol.ops import Usage
 from protocol.program import Kind
@@ -84,6 +84,8 @@ class _Timing:
         self.host = len(models) - 1
         self.hops = [self._hop(transfer) for transfer in lowered.transfers]
         self.known: dict[tuple[int, Work], float] = {}
+        on_chip = (p.ops for p, model in zip(lowered.programs, models, strict=True) if model.cache_nbytes)
+        self.footprint = sum(map(weight_footprint, on_chip))
 
     def run(self, name: str, buffered: bool) -> Timed:
         for worker in range(self.host):
@@ -97,14 +99,17 @@ class _Timing:
         if program.instructions and model.step_s:
             acts.append(Act(Do.RUN, model.step_s, -1, 0))
         for item in program.instructions:
+            if item.kind is Kind.TAP:
+                continue
             if item.kind is Kind.RUN:
                 ops = program.ops[item.first : item.last]
-                seconds = sum(self._seconds(worker, work_of(op, self.streams)) for op in ops)
+                seconds = model.split_s + sum(self._seconds(worker, work_of(op, self.streams)) for op in ops)
                 acts.append(Act(Do.RUN, seconds, -1, item.split))
             elif item.kind is Kind.COPY:
                 acts.append(Act(Do.COPY, self._seconds(worker, copy_work(item.nbytes)), -1, item.split))
             else:
                 acts.append(Act(int(item.kind), 0.0, item.transfer, item.split))
+        acts += self._replies(worker)
         if worker != self.host:
             for port in program.outputs:
                 self.hops.append(
@@ -112,6 +117,12 @@ class _Timing:
                 )
                 acts.append(Act(Do.OUT, 0.0, len(self.hops) - 1, len(self.lowered.plan.splits)))
         return acts
+
+    def _replies(self, worker: int) -> list[Act]:
+        """Putting outputs into the reply, where that was measured."""
+        cost, split = self.models[worker].costs.get(OUTPUT), len(self.lowered.plan.splits)
+        ports = self.lowered.programs[worker].outputs if cost is not None else ()
+        return [Act(Do.COPY, self._seconds(worker, output_work(port.nbytes)), -1, split) for port in ports]
 
     def _hop(self, transfer: Transfer) -> Hop:
         number = self._route(transfer.source, transfer.target)
@@ -126,7 +137,8 @@ class _Timing:
     def _seconds(self, worker: int, work: Work) -> float:
         key = worker, work
         if key not in self.known:
-            self.known[key] = self.models[worker].seconds(work)
+            model = self.models[worker]
+            self.known[key] = model.seconds(work, model.missed(self.footprint))
         return self.known[key]
 
     def _charge(self, worker: int) -> None:

@@ -53,7 +53,7 @@ def make_machine(
     Raises UsageError for devices that cannot be meant.
     """
     models = tuple(models)
-    if not models or models[-1].cls != "cpu":
+    if not models or models[-1].cls != "cpu" or models[-1].accelerator:
         last = models[-1].name if models else "none"
         raise UsageError(f"--system: the last device is {last}: expected the host, a device of class cpu")
     names = [model.name for model in models]
@@ -115,9 +115,10 @@ def _is_remote(fabric: Fabric, host: int, device: int) -> bool:
 
 
 def _device(model: DeviceModel, remote: bool) -> Device:
-    """As the scheduler sees it: GPUs take ops whose weights lie in host memory, remote ones do not (llama.cpp)."""
-    is_host = model.cls == "cpu"
-    offload = frozenset(Op.__members__) if not is_host and not remote else frozenset()
+    """As the scheduler sees it: GPUs take ops whose weights lie in host memory; remote ones do not (llama.cpp), and
+    no worker of crossdock does."""
+    is_host = model.cls == "cpu" and not model.accelerator
+    offload = frozenset(Op.__members__) if not is_host and not remote and not model.accelerator else frozenset()
     return Device(
         model.name,
         kind="cpu" if is_host else "gpu",

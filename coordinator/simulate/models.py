@@ -71,6 +71,8 @@ def workload_of(model: str, params: float, file_nbytes: float, quant: str) -> Wo
     embedding = 0.0 if family.tied else float(family.vocab * family.embd)
     nbytes = file_nbytes or (params or family.params) * bits / 8
     nbytes -= embedding * _EMBEDDING_BITS.get(dtype, dtype.block_nbytes * 8 / dtype.block) / 8
+    if nbytes <= 0:
+        raise InputError(f"model {model!r}: file_gib or params_b says too little: its token embedding alone is larger")
     share = family.active / family.params
     experts = family.active < family.params
     weights = family.active if experts else family.params - embedding

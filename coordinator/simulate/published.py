@@ -16,7 +16,11 @@ REQUIRED: Final = ("hardware", "model", "test", "tps")
 DEFAULT_PROMPT: Final = 512
 """Tokens of a prompt whose length is not told."""
 
+MAX_TOKENS: Final = 1 << 20
+MAX_DEVICES: Final = 4096
+
 _MAX_ROWS: Final = 100_000
+_MAX_BATCHES: Final = 1 << 14
 _MAX_NBYTES: Final = 64 << 20
 
 
@@ -94,8 +98,8 @@ def test_of(row: Row) -> Test:
     if match is None or "+" in text:
         raise InputError(f"test {row.test!r} is neither ppN nor tgN")
     n = DEFAULT_PROMPT if match[2] == "prompt" else int(match[2])
-    if not 1 <= n < 1 << 24:
-        raise InputError(f"test {row.test!r}: expected 1 to {1 << 24} tokens")
+    if not 1 <= n <= MAX_TOKENS:
+        raise InputError(f"test {row.test!r}: expected 1 to {MAX_TOKENS:,} tokens")
     said = f"{text} {row.split.lower()} {row.notes.lower()}"
     depth = re.search(r"@\s*d?\s*(\d{1,8})", text)
     ubatch = re.search(r"(?:\bub|-ub|ubatch|n_ubatch)[\s=]*(\d{1,6})", said)
@@ -103,6 +107,8 @@ def test_of(row: Row) -> Test:
     size = int(ubatch[1]) if ubatch else DEFAULT_PROMPT
     if batch:
         size = min(size, int(batch[1]))
+    if n > _MAX_BATCHES * max(1, size):
+        raise InputError(f"test {row.test!r}: {size} tokens at a time: expected at most {_MAX_BATCHES:,} micro-batches")
     return Test("prompt" if match[1] == "pp" else "decode", n, int(depth[1]) if depth else 0, max(1, size))
 
 
@@ -120,6 +126,9 @@ def _row(record: Mapping[str, str | None], where: str, number: int) -> Row:
             raise InputError(f"{where}: {key} is {said[:40]!r}: expected a number from 0 to 1e15")
         return value
 
+    n_devices = positive("n_devices")
+    if n_devices > MAX_DEVICES:
+        raise InputError(f"{where}: n_devices is {text('n_devices')[:40]}: expected at most {MAX_DEVICES:,}")
     tps = positive("tps")
     if tps <= 0:
         raise InputError(f"{where}: tps is {text('tps')[:40]!r}: expected a positive number")
@@ -127,7 +136,7 @@ def _row(record: Mapping[str, str | None], where: str, number: int) -> Row:
         ident=text("id") or f"line {number}", date=text("date"), hardware=text("hardware"), cls=text("cls").lower(),
         arch=text("arch").lower(), bandwidth=positive("bw_gbs") * 1e9, flops=positive("peak_fp16_tflops") * 1e12,
         model=text("model"), params=positive("params_b") * 1e9, file_nbytes=positive("file_gib") * (1 << 30),
-        quant=text("quant"), split=text("split"), n_devices=max(1, int(positive("n_devices"))), link=text("link"),
+        quant=text("quant"), split=text("split"), n_devices=max(1, int(n_devices)), link=text("link"),
         test=text("test"), tps=tps, notes=text("notes"), group=text("group"),
     )  # fmt: skip
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from coordinator.simulate.hardware import CLASSES, FAMILIES, KINDS, DeviceModel, System
+from coordinator.simulate.hardware import CLASSES, FAMILIES, KINDS, Cost, DeviceModel, System
 from coordinator.simulate.known import constants, find_spec, specs
 from coordinator.simulate.law import NOW, Spec, device_of
 from coordinator.simulate.tables import Table, only_keys, read_toml, tables_of
+from coordinator.simulate.work import OUTPUT
 from protocol.dtypes import DType
 from protocol.errors import UsageError
 from protocol.limits import MAX_WORKERS
@@ -18,6 +20,9 @@ from protocol.ops import Op
 
 MAX_DEVICES: Final = max(MAX_WORKERS, 4096)
 _LABELS: Final = tuple(dtype.label for dtype in DType)
+_NAMES: Final = "|".join(("matvec", "matmat", "attention", "prompt-attention", "COPY", OUTPUT, *Op.__members__))
+COST_NAME: Final = re.compile(rf"({_NAMES})(\.({'|'.join(_LABELS)}))?")
+"""Names of measured costs."""
 
 
 def presets(year: float = NOW) -> Mapping[str, DeviceModel]:
@@ -32,8 +37,9 @@ def load_system(path: Path) -> System:
     `class` with what is specified of it (bandwidth_gbs, fp16_tflops, sm, ghz, watts, tags). `year` chooses the era of
     the builds, `flash_attention` whether it is used. Everything that follows from the class can be said instead:
     memory, bandwidth_gbs, rates_tflops by family, efficiency by kind or kind.type, gweights_per_s by type or family,
-    attention_tflops, launch_us, step_us, alignment, max_buffer, unsupported_ops, unsupported_types, async_copies;
-    `source` says where numbers come from. Raises UsageError naming file, table, key, what was expected and found.
+    attention_tflops, launch_us, step_us, alignment, max_buffer, unsupported_ops, unsupported_types, async_copies; and
+    what `crossdock calibrate` writes: costs, cache, split_us, accelerator. `source` says where numbers come from.
+    Raises UsageError naming file, table, key, what was expected and found.
     """
     document = read_toml(path)
     only_keys(document, ("device", "year", "flash_attention"), str(path))
@@ -77,6 +83,10 @@ def _read_device(name: str, table: Table, where: str, year: float, flash: bool) 
         unsupported_types=_known_names(table, "unsupported_types", _LABELS, where),
         async_copies=table.flag("async_copies", base.async_copies),
         sources=dict(base.sources) | sources,
+        costs=_costs(table, where),
+        cache_nbytes=table.size("cache", base.cache_nbytes),
+        split_s=table.number("split_us", base.split_s * 1e6, high=1e9) * 1e-6,
+        accelerator=table.flag("accelerator", base.accelerator),
     )
     table.end()
     if not any(device.rates.values()):
@@ -116,6 +126,21 @@ def _efficiency(table: Table, where: str) -> dict[str, float]:
         kind, _, label = name.partition(".")
         if kind not in KINDS or (label and label not in _LABELS):
             raise UsageError(f"{where}: efficiency: {name!r}: expected KIND or KIND.TYPE of {', '.join(KINDS)}")
+    return found
+
+
+def _costs(table: Table, where: str) -> dict[str, Cost]:
+    """Measured costs of ops: `us` of each, `weights_gbs`, `missed_gbs` and `gbs`, `gflops`; none where not said."""
+    found = {}
+    for name, inner in table.tables("costs"):
+        if not COST_NAME.fullmatch(name):
+            raise UsageError(f"{where}: costs: {name!r}: expected KIND.TYPE or OP, such as matvec.q8_0 or RMS_NORM")
+        rates = {key: inner.number(key, 0.0, high=1e9) for key in ("weights_gbs", "missed_gbs", "gbs", "gflops")}
+        per = {key: 1e-9 / rate if rate else 0.0 for key, rate in rates.items()}
+        op_s = inner.number("us", 0.0, high=1e12) * 1e-6
+        missed = per["missed_gbs"] or per["weights_gbs"]
+        found[name] = Cost(op_s, per["weights_gbs"], missed, per["gbs"], per["gflops"])
+        inner.end()
     return found
 
 

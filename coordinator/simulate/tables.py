@@ -102,6 +102,14 @@ class Table:
         inner = Table(self._mapping(key), f"{self.where}: {key}")
         return {name: inner.number(name, low=low, high=high) for name in inner.table}
 
+    def tables(self, key: str) -> list[tuple[str, Table]]:
+        """A table of tables, by name."""
+        outer = self._mapping(key)
+        for name, value in outer.items():
+            if not isinstance(value, dict):
+                raise UsageError(f"{self.where}: {key}: {name} is {value!r}: expected a table")
+        return [(name, Table(value, f"{self.where}: {key}: {name}")) for name, value in outer.items()]
+
     def texts(self, key: str) -> dict[str, str]:
         """A table of strings."""
         inner = Table(self._mapping(key), f"{self.where}: {key}")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from math import prod
+from typing import Final
 
 from coordinator.simulate.hardware import GEMM_ROWS, Work
 from protocol.dtypes import DType
@@ -14,6 +16,9 @@ _MOVES = frozenset(
     {Op.DUP, Op.CPY, Op.CONT, Op.CONCAT, Op.PAD, Op.UNPAD, Op.REPEAT, Op.IM2COL, Op.GET_ROWS, Op.SET_ROWS}
 )
 """Ops that put bytes elsewhere."""
+
+OUTPUT: Final = "OUTPUT"
+"""Measured costs have an entry of this name for results that a worker puts into its reply."""
 
 _FLOPS_PER_VALUE: Mapping[Op, int] = {
     Op.NORM: 8, Op.RMS_NORM: 4, Op.SOFT_MAX: 6, Op.ROPE: 6, Op.UNARY: 8, Op.GLU: 9, Op.L2_NORM: 4,
@@ -27,12 +32,14 @@ def work_of(op: OpRecord, streams: int = 1) -> Work:
     `streams` independent sequences share an attention op: each of its rows looks at its own sequence's part of the
     cache, so that all of it is read and 1/streams of the products are computed.
     """
-    special = _SPECIAL.get(op.op)
-    if special is not None:
-        return special(op, streams)
-    read = sum(_nbytes(src) for src in op.src if src is not None)
+    work = _SPECIAL.get(op.op, _plain)(op, streams)
+    return replace(work, op=op.op.name) if work.kind in ("elementwise", "copy") else work
+
+
+def _plain(op: OpRecord, streams: int) -> Work:
     if op.op in _MOVES:
         return _move(op)
+    read = sum(_nbytes(src) for src in op.src if src is not None)
     dst = _size(op.dst)
     flops = dst * _FLOPS_PER_VALUE.get(op.op, 1)
     return Work("elementwise", op.dst.dtype, 0, 0, read, _nbytes(op.dst), flops, op.dst.ne[1])
@@ -105,7 +112,23 @@ _SPECIAL: Mapping[Op, Callable[[OpRecord, int], Work]] = {
 
 def copy_work(nbytes: int) -> Work:
     """A copy within a device."""
-    return Work("copy", DType.F32, 0, 0, nbytes, nbytes)
+    return Work("copy", DType.F32, 0, 0, nbytes, nbytes, op="COPY")
+
+
+def output_work(nbytes: int) -> Work:
+    """A result on its way into a worker's reply."""
+    return Work("copy", DType.F32, 0, 0, nbytes, 0, op=OUTPUT)
+
+
+def weight_footprint(ops: Iterable[OpRecord]) -> int:
+    """Bytes of the different weights and caches that ops read."""
+    found: dict[tuple[int, int], int] = {}
+    for op in ops:
+        for operand in op.src[:1] if op.op is Op.MUL_MAT else op.src[1:3] if op.op is Op.FLASH_ATTN_EXT else ():
+            if operand is not None:
+                key = operand.arena, operand.offset
+                found[key] = max(found.get(key, 0), _nbytes(operand))
+    return sum(found.values())
 
 
 def _size(operand: OperandRef) -> int:

@@ -151,6 +151,7 @@ BAD_INSTRUCTIONS: dict[str, tuple[Instruction, str]] = {
     "copy of negative size": (Instruction(Kind.COPY, 0, 0, 0, 1, 8, -8, (1, 0)), "bytes \\[8, 0\\)"),
     "copy into a mapped file": (Instruction(Kind.COPY, 0, 0, 0, 2, 0, 8, (1, 0)), "mapped file"),
     "receive into a mapped file": (Instruction(Kind.RECV, 0, 1, 0, 2, 0, 8, (1, 0)), "mapped file"),
+    "tap from outside": (Instruction(Kind.TAP, 0, 0, 0, 1, 4090, 8), "of an arena of 4096"),
     "receive from an arena that nobody named": (Instruction(Kind.RECV, 0, 1, 0, 1, 0, 8, (5, 0)), "unknown arena 5"),
 }
 

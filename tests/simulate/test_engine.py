@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -129,6 +130,29 @@ def test_a_slow_link_leaves_its_share_to_the_others() -> None:
     assert [us(c.left) for c in timeline.carried] == [1000, 1000, 5000]
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 300), st.integers(0, 10**6), st.sampled_from((1e8, 4e8, 1e9))), min_size=2, max_size=6
+    ),
+    st.sampled_from((2e8, 1e9, 5e9)),
+)
+def test_both_ways_to_share_agree(sent: list[tuple[int, int, float]], capacity: float) -> None:
+    """A medium that routes use alone is computed by groups, joined ones by filling all rates: with a second medium that
+    is never full both must give the same times."""
+    timed = spread([float(delay) for delay, _, _ in sent], [nbytes for _, nbytes, _ in sent])
+    alone = shared(len(sent), capacity, tuple(cap for _, _, cap in sent))
+    joined = Fabric(
+        tuple(replace(route, media=(0, 1)) for route in alone.routes), alone.index, (capacity, 1e15), ("switch", "sky")
+    )
+    first, second = (
+        simulate((True,) * (len(sent) + 1), fabric, [timed], [[Job(0)]], check=True, record=True)
+        for fabric in (alone, joined)
+    )
+    times = [{c.hop: c.left for c in timeline.carried} for timeline in (first, second)]
+    assert times[0] == pytest.approx(times[1], abs=1e-12)
+
+
 def pipeline(n: int, stage_us: float, *, buffered: bool) -> tuple[Timed, Fabric]:
     """n stages of equal length that hand 1 kB on, over links of 1 GB/s without latency."""
     workers = []
@@ -167,6 +191,17 @@ def test_results_for_the_coordinator_end_an_evaluation() -> None:
     program = Timed("out", ((), (run(100), hop_act(Do.OUT, 0))), (Hop(1, -1, 500_000, 1, "logits", 1),))
     timeline = simulate((True, True), two(), [program], [[Job(0), Job(0, gap_s=5 * US)]], check=True)
     assert us(timeline.end_s) == 2 * 610 + 5
+
+
+def test_small_transfers_late_in_a_long_run() -> None:
+    """4 bytes at 24 GB/s take less than a clock of 1000 seconds can tell exactly: no reason to cry."""
+    program = Timed(
+        "late", ((run(1e9), hop_act(Do.SEND, 0), hop_act(Do.WAIT, 0)), (hop_act(Do.RECV, 0),)),
+        (Hop(0, 1, 4, 1, "out_ids", 0),),
+    )  # fmt: skip
+    timeline = simulate((True, True), two(bandwidth=24e9), [program], [[Job(0)] * 5], check=True)
+    assert timeline.end_s == pytest.approx(5000, rel=1e-6)
+    assert timeline.route_nbytes[0] == 20
 
 
 def test_jitter_depends_on_the_seed_alone() -> None:

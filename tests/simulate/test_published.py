@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import random
 import subprocess
 import sys
 from dataclasses import replace
@@ -25,6 +27,9 @@ from coordinator.simulate.published import test_of as read_test
 from coordinator.simulate.rates import Ask, tokens_per_s
 from coordinator.simulate.verdicts import figures, measured_cases, predict_table, reasons
 from protocol.errors import InputError
+
+DAMAGE = ["", "+ +", "CPU", "M1", "2x", "RTX 4090 + M1 7c", "ngl=0/33", "ngl=99/0", "row split", "RPC", "tg0", "pp7",
+          "tg128 @ d9999", "IQ2_XXS", "F32", "apple", "cpu", "nv", "\t", "9" * 400]  # fmt: skip
 
 TABLE = Path(__file__).parents[2] / "benchmarks" / "published" / "rates.csv"
 
@@ -49,7 +54,9 @@ def test_tests(text: str, expected: tuple[str, int, int, int]) -> None:
     assert (test.kind, test.n, test.depth, test.ubatch) == expected
 
 
-@pytest.mark.parametrize("text", ["buffer MiB", "encode 576 tok", "pp512+tg128", "pp0", "tg99999999999", ""])
+@pytest.mark.parametrize(
+    "text", ["buffer MiB", "encode 576 tok", "pp512+tg128", "pp0", "tg99999999999", "pp1000000 ub1", ""]
+)
 def test_tests_that_are_none(text: str) -> None:
     with pytest.raises(InputError):
         read_test(row(test=text))
@@ -228,6 +235,27 @@ def test_judging_never_fits_on_what_it_judges() -> None:
     assert {v.promise.group: v.n_rows for v in verdicts}["decode amd"] > 10
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_damaged_tables_are_predicted_or_say_why(tmp_path: Path, seed: int) -> None:
+    """Cells that nobody expects: a positive rate, or one line; never another exception."""
+    draw = random.Random(seed)
+    with TABLE.open(encoding="utf-8") as file:
+        rows = draw.sample(list(csv.DictReader(file)), 30)
+    columns = [name for name in rows[0] if name not in ("tps", "n_devices")]
+    numbers = {"bw_gbs", "peak_fp16_tflops", "peak_int8_tops", "params_b", "file_gib"}
+    for record in rows:
+        for name in draw.sample(columns, 3):
+            record[name] = draw.choice(["", "0", "16", "0.001"] if name in numbers else DAMAGE)
+    path = tmp_path / "damaged.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    for outcome in predict_table(path):
+        assert "\n" not in outcome.why
+        assert outcome.why if outcome.predicted is None else outcome.predicted > 0
+
+
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([Path(sys.executable).parent / "crossdock", *arguments], capture_output=True, text=True)
 
@@ -266,6 +294,7 @@ def test_devices_command() -> None:
         ("hardware,model,test,tps\nx,y,tg128,fast\n", "line 2: tps is 'fast': expected a number"),
         ("hardware,model,test,tps\nx,y,tg128,0\n", "line 2: tps is '0': expected a positive number"),
         ("hardware,model,test,tps,bw_gbs\nx,y,tg128,1,nan\n", "line 2: bw_gbs is 'nan': expected a number from 0"),
+        ("hardware,model,test,tps,n_devices\nx,y,tg128,1,1e9\n", "line 2: n_devices is 1e9: expected at most 4,096"),
         ("hardware,model,test,tps\n", "0 rows: expected 1 to"),
         ("\x00\xff", "no column 'hardware'"),
     ],

@@ -62,12 +62,18 @@ def test_trace(tmp_path: Path) -> None:
     assert {e["ph"] for e in json.loads(file.read_text())["traceEvents"]} == {"M", "X", "s", "t", "f", "C"}
 
 
-def test_sweep(tmp_path: Path) -> None:
+SWEEP = (*QUICK, "--system", ONE, "--sweep", "n-gpu-layers=0,31,batch=1,2")
+
+
+@pytest.mark.slow
+def test_sweep_as_a_table_and_a_plot(tmp_path: Path) -> None:
     plot = tmp_path / "sweep.svg"
-    question = [*QUICK, "--system", ONE, "--sweep", "n-gpu-layers=0,31,batch=1,2"]
-    assert "n-gpu-layers  batch  first token" in simulate([*question, "--plot", str(plot)])[1]
+    assert "n-gpu-layers  batch  first token" in simulate([*SWEEP, "--plot", str(plot)])[1]
     assert plot.read_text().startswith("<?xml")
-    points = json.loads(simulate([*question, "--json"])[1])
+
+
+def test_sweep() -> None:
+    points = json.loads(simulate([*SWEEP, "--json"])[1])
     assert [(p["n_gpu_layers"], p["batch"]) for p in points] == [(0, 1), (0, 2), (31, 1), (31, 2)]
     assert points[0]["tokens_per_s"] < points[2]["tokens_per_s"]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from machines import gpu, machine
 
@@ -27,7 +29,8 @@ def test_matrix_times_vector_and_matrix() -> None:
     weights = tensor(DType.Q8_0, 4096, 1024)
     one = work_of(op(Op.MUL_MAT, tensor(DType.F32, 1024, 1), weights, tensor(DType.F32, 4096, 1)))
     nbytes = 4096 * 1024 // 32 * 34
-    assert one == Work("matvec", DType.Q8_0, nbytes, 4096 * 1024, 4096 * 4, 1024 * 4, 2 * 4096 * 1024, 1)
+    sizes = (nbytes, 4096 * 1024, 4096 * 4, 1024 * 4, 2 * 4096 * 1024)
+    assert replace(one, op="") == Work("matvec", DType.Q8_0, *sizes, rows=1)
     many = work_of(op(Op.MUL_MAT, tensor(DType.F32, 1024, 512), weights, tensor(DType.F32, 4096, 512)))
     assert (many.kind, many.weight_nbytes, many.rows) == ("matmat", nbytes, 512)
     assert many.flops == 512 * one.flops

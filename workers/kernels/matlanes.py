@@ -31,8 +31,11 @@ from workers.kernels.features import HAVE_VNNI
 from workers.kernels.jit import intrinsic, ir, types
 from workers.kernels.matformats import FORMATS, Format
 
-ROWS, COLUMNS = 8, 8 if HAVE_VNNI else 4
+ROWS, COLUMNS = 8, 4
 """Of a tile."""
+
+PANELS, MAX_PANELS = 2 if HAVE_VNNI else 1, 2
+"""Panels of eight rows that a tile has, as far as there are registers; scratch memory has room for the most."""
 
 Values = list[ir.Value]
 

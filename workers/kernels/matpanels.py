@@ -32,6 +32,7 @@ from workers.kernels.jit import cgutils, ir
 from workers.kernels.matformats import Format, unpack_quants, unpack_scales
 from workers.kernels.matlanes import (
     COLUMNS,
+    PANELS,
     ROWS,
     Column,
     Values,
@@ -120,62 +121,78 @@ def _spread_scales(b: ir.IRBuilder, form: Format, pairs: Values) -> Values:
     return [v for pair in pairs for v in twice(pair)]
 
 
-def _dot_panel(
+def _dot_panels(
     b: ir.IRBuilder, form: Format, panel: ir.Value, count: ir.Value, y: ir.Value, y_stride: ir.Value,
     columns: ir.Value, k: ir.Value, out: ir.Value, out_stride: ir.Value,
 ) -> None:  # fmt: skip
     blocks = b.udiv(k, const(I64, form.block))
+    step = b.mul(blocks, const(I64, panel_block_nbytes(form)))
+    panels = [b.add(panel, b.mul(_to_line(b, step), const(I64, p))) for p in range(PANELS)]
     starts = [clamped_row(b, y, const(I64, c), y_stride, columns) for c in range(COLUMNS)]
-    totals = [cgutils.alloca_once_value(b, const(f32x8.ir, 0.0)) for _ in range(COLUMNS)]
+    tile = [(p, c) for p in range(PANELS) for c in range(COLUMNS)]
+    totals = [cgutils.alloca_once_value(b, const(f32x8.ir, 0.0)) for _ in tile]
     with cgutils.for_range(b, blocks) as loop:
-        here = b.add(panel, b.mul(loop.index, const(I64, panel_block_nbytes(form))))
+        offset = b.mul(loop.index, const(I64, panel_block_nbytes(form)))
+        here = [b.add(start, offset) for start in panels]
         cols = [Column(b, form, start, k, loop.index, blocks) for start in starts]
-        factors = 256 * form.chunks
         exact = (_super_tile if form.subs else _plain_tile)(b, form, here, cols)
-        scales = [load(b, here, f32x8.ir, factors + 32 * i) for i in range(1 + (form.floor >= 0))]
-        for c, column in enumerate(cols):
-            other = _factored_sums(b, form, here, column) if form.subs else None
-            b.store(accumulate(b, form, b.load(totals[c]), exact[c], other, scales, column), totals[c])
-    for c in range(COLUMNS):
-        store_rows(b, b.load(totals[c]), clamped_row(b, out, const(I64, c), out_stride, columns), count)
+        at = range(256 * form.chunks, 256 * form.chunks + 32 * (1 + (form.floor >= 0)), 32)
+        scales = [[load(b, start, f32x8.ir, offset) for offset in at] for start in here]
+        for i, (p, c) in enumerate(tile):
+            other = _factored_sums(b, form, here[p], cols[c]) if form.subs else None
+            b.store(accumulate(b, form, b.load(totals[i]), exact[i], other, scales[p], cols[c]), totals[i])
+    for i, (p, c) in enumerate(tile):
+        to = b.add(clamped_row(b, out, const(I64, c), out_stride, columns), const(I64, 4 * ROWS * p))
+        store_rows(b, b.load(totals[i]), to, b.sub(count, const(I64, ROWS * p)))
 
 
-def chunk_tile(b: ir.IRBuilder, form: Format, quants: Quants, cols: Values, scales: Values) -> Values:
-    """Integer sums of 32 elements for eight rows and the columns at `cols`.
+def _to_line(b: ir.IRBuilder, nbytes: ir.Value) -> ir.Value:
+    """Up to a multiple of 64, as `panel_nbytes` does it."""
+    return b.and_(b.add(nbytes, const(I64, 63)), const(I64, -64))
 
-    `quants(j)` is i8x32 [8 rows][4 bytes]; `scales` are i16x16 [8 rows][2], one or two for the chunk, none for 1.
+
+def chunk_tile(b: ir.IRBuilder, form: Format, panels: list[Quants], cols: Values, scales: list[Values]) -> Values:
+    """Integer sums of 32 elements for eight rows of each panel and the columns at `cols`, panel after panel.
+
+    `quants(j)` of a panel is i8x32 [8 rows][4 bytes]; its `scales` are i16x16 [8 rows][2], one or two for the chunk,
+    none for 1.
     """
     if HAVE_VNNI:
-        return _chunk_of_fours(b, quants, cols, scales)
-    scales = scales or [const(i16x16.ir, 1)]
-    sums: list[ir.Value | None] = [None] * len(cols)
-    shorts: list[ir.Value | None] = [None] * len(cols)
+        return _chunk_of_fours(b, panels, cols, scales)
+    n = len(cols)
+    sums: list[ir.Value | None] = [None] * (n * len(panels))
+    shorts: list[ir.Value | None] = [None] * (n * len(panels))
     for j in range(8):
-        x = quants(j)
-        for c, column in enumerate(cols):
-            product, before = multiply(b, form, x, _four_bytes(b, column, j)), shorts[c]
-            shorts[c] = product if before is None else b.add(before, product)
-            if (j + 1) % form.span == 0:
-                more, sofar = multiply_shorts(b, shorts[c], scales[j * len(scales) // 8]), sums[c]
-                sums[c] = more if sofar is None else b.add(sofar, more)
-                shorts[c] = None
+        values = [_four_bytes(b, column, j) for column in cols]
+        for p, quants in enumerate(panels):
+            x, own = quants(j), scales[p] or [const(i16x16.ir, 1)]
+            for i, y in enumerate(values, start=n * p):
+                product, before = multiply(b, form, x, y), shorts[i]
+                shorts[i] = product if before is None else b.add(before, product)
+                if (j + 1) % form.span == 0:
+                    more, sofar = multiply_shorts(b, shorts[i], own[j * len(own) // 8]), sums[i]
+                    sums[i] = more if sofar is None else b.add(sofar, more)
+                    shorts[i] = None
     return sums
 
 
-def _chunk_of_fours(b: ir.IRBuilder, quants: Quants, cols: Values, scales: Values) -> Values:
+def _chunk_of_fours(b: ir.IRBuilder, panels: list[Quants], cols: Values, scales: list[Values]) -> Values:
     """`chunk_tile`, four bytes at a time. Both of a row's i16 are its scale: the upper one is the scale as i32."""
-    factors = [b.ashr(b.bitcast(scale, i32x8.ir), const(i32x8.ir, 16)) for scale in scales]
-    sums: list[ir.Value | None] = [None] * len(cols)
-    totals: Values = [const(i32x8.ir, 0) for _ in cols]
+    n = len(cols)
+    factors = [[b.ashr(b.bitcast(v, i32x8.ir), const(i32x8.ir, 16)) for v in own] for own in scales]
+    sums: list[ir.Value | None] = [None] * (n * len(panels))
+    totals: Values = [const(i32x8.ir, 0) for _ in sums]
     for j in range(8):
-        x = quants(j)
-        for c, column in enumerate(cols):
-            totals[c] = add_products(b, totals[c], x, _four_bytes(b, column, j))
-            if scales and (j + 1) % (8 // len(scales)) == 0:
-                more, sofar = b.mul(totals[c], factors[j * len(scales) // 8]), sums[c]
-                sums[c] = more if sofar is None else b.add(sofar, more)
-                totals[c] = const(i32x8.ir, 0)
-    return sums if scales else totals
+        values = [_four_bytes(b, column, j) for column in cols]
+        for p, quants in enumerate(panels):
+            x, own = quants(j), factors[p]
+            for i, y in enumerate(values, start=n * p):
+                totals[i] = add_products(b, totals[i], x, y)
+                if own and (j + 1) % (8 // len(own)) == 0:
+                    more, sofar = b.mul(totals[i], own[j * len(own) // 8]), sums[i]
+                    sums[i] = more if sofar is None else b.add(sofar, more)
+                    totals[i] = const(i32x8.ir, 0)
+    return sums if scales[0] else totals
 
 
 def _four_bytes(b: ir.IRBuilder, column: ir.Value, j: int) -> ir.Value:
@@ -187,22 +204,26 @@ def _at(b: ir.IRBuilder, quants: ir.Value) -> Quants:
     return lambda j: load(b, quants, i8x32.ir, 32 * j)
 
 
-def _plain_tile(b: ir.IRBuilder, form: Format, here: ir.Value, cols: list[Column]) -> Values:
-    return chunk_tile(b, form, _at(b, here), [column.quants for column in cols], [])
+def _plain_tile(b: ir.IRBuilder, form: Format, here: Values, cols: list[Column]) -> Values:
+    return chunk_tile(
+        b, form, [_at(b, start) for start in here], [column.quants for column in cols], [[] for _ in here]
+    )
 
 
-def _super_tile(b: ir.IRBuilder, form: Format, here: ir.Value, cols: list[Column]) -> Values:
-    """Integer sums of a block of 256 for eight rows and a few columns."""
-    sums = [cgutils.alloca_once(b, i32x8.ir) for _ in cols]
+def _super_tile(b: ir.IRBuilder, form: Format, here: Values, cols: list[Column]) -> Values:
+    """Integer sums of a block of 256 for eight rows of each panel and a few columns."""
+    sums = [cgutils.alloca_once(b, i32x8.ir) for _ in here for _ in cols]
     for total in sums:
         b.store(const(i32x8.ir, 0), total)
     per_chunk = form.subs // form.chunks
     with cgutils.for_range(b, const(I64, form.chunks)) as loop:
-        quants = b.add(here, b.mul(loop.index, const(I64, 256)))
-        small = b.add(here, b.mul(loop.index, const(I64, 32 * per_chunk)))
-        scales = [load(b, small, i16x16.ir, _scales_offset(form) + 32 * i) for i in range(per_chunk)]
+        panels, scales = [], []
+        for start in here:
+            panels.append(_at(b, b.add(start, b.mul(loop.index, const(I64, 256)))))
+            small = b.add(start, b.mul(loop.index, const(I64, 32 * per_chunk)))
+            scales.append([load(b, small, i16x16.ir, _scales_offset(form) + 32 * i) for i in range(per_chunk)])
         starts = [b.add(column.quants, b.mul(loop.index, const(I64, 32))) for column in cols]
-        for total, more in zip(sums, chunk_tile(b, form, _at(b, quants), starts, scales), strict=True):
+        for total, more in zip(sums, chunk_tile(b, form, panels, starts, scales), strict=True):
             b.store(b.add(b.load(total), more), total)
     return [b.load(total) for total in sums]
 
@@ -224,5 +245,5 @@ def _factored_sums(b: ir.IRBuilder, form: Format, here: ir.Value, column: Column
 
 pack_rows = for_format(_pack_rows, 5)
 """(format, weights, stride, rows <= 8, k, panel)"""
-dot_panel = for_format(_dot_panel, 8)
-"""(format, panel, rows <= 8, columns at y, their stride, columns <= COLUMNS, k, out, out's stride)"""
+dot_panels = for_format(_dot_panels, 8)
+"""(format, PANELS panels, rows that exist, columns at y, their stride, columns that exist, k, out, out's stride)"""

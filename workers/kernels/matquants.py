@@ -10,8 +10,8 @@ from protocol.dtypes import DType
 from workers.kernels import row as words
 from workers.kernels.access import extent, row_address, share, stride, word
 from workers.kernels.jit import njit
-from workers.kernels.matlanes import COLUMNS, ROWS
-from workers.kernels.matpanels import dot_panel, pack_rows
+from workers.kernels.matlanes import COLUMNS, MAX_PANELS, PANELS, ROWS
+from workers.kernels.matpanels import dot_panels, pack_rows
 from workers.kernels.matrows import dot_rows
 from workers.kernels.stage import OPTIONS, Kernel, kernel
 
@@ -30,15 +30,12 @@ _Q6_K = int(DType.Q6_K)
 
 
 @njit(**OPTIONS)
-def _unit(row: int, unit: int, groups: int) -> tuple[int, int, int, int]:
-    """Group of eight rows, its number of rows, its weights, first column in scratch memory, result."""
-    group, batch = unit % groups, unit // groups
+def _batch(row: int, batch: int) -> tuple[int, int, int]:
+    """A batch's weights, first column in scratch memory, result."""
     i2, i3 = batch % extent(row, _Y, 2), batch // extent(row, _Y, 2)
     w2, w3 = i2 * extent(row, _W, 2) // extent(row, _Y, 2), i3 * extent(row, _W, 3) // extent(row, _Y, 3)
-    weights = row_address(row, _W, ROWS * group, w2, w3)
     columns = word(row, words.WORK) + batch * extent(row, _Y, 1) * word(row, words.AUX)
-    out = row_address(row, words.DST, 0, i2, i3) + 4 * ROWS * group
-    return min(ROWS, extent(row, _W, 1) - ROWS * group), weights, columns, out
+    return row_address(row, _W, 0, w2, w3), columns, row_address(row, words.DST, 0, i2, i3)
 
 
 @njit(**OPTIONS)
@@ -51,44 +48,41 @@ def _groups(row: int) -> tuple[int, int]:
 @njit(inline="always")
 def _few_columns(row: int, ith: int, nth: int, form: int) -> None:
     groups, units = _groups(row)
-    first, last = share(units, ith, nth)
-    k, m, distance = extent(row, _W, 0), extent(row, _Y, 1), word(row, words.AUX)
-    for unit in range(first, last):
-        rows, weights, y, out = _unit(row, unit, groups)
-        for column in range(m):
-            dot_rows(
-                form,
-                weights,
-                stride(row, _W, 1),
-                rows,
-                y + column * distance,
-                k,
-                out + column * stride(row, words.DST, 1),
-            )
+    unit, last = share(units, ith, nth)
+    n, k, m, distance = extent(row, _W, 1), extent(row, _W, 0), extent(row, _Y, 1), word(row, words.AUX)
+    w_step, out_step = stride(row, _W, 1), stride(row, words.DST, 1)
+    while unit < last:  # batch after batch: divisions take as long as a short row
+        batch = unit // groups
+        group = unit - batch * groups
+        end = min(groups, group + last - unit)
+        unit += end - group
+        weights, y, out = _batch(row, batch)
+        for g in range(group, end):
+            for column in range(m):
+                to = out + 4 * ROWS * g + column * out_step
+                dot_rows(form, weights + ROWS * g * w_step, w_step, n - ROWS * g, y + column * distance, k, to)
 
 
 @njit(inline="always")
 def _many_columns(row: int, ith: int, nth: int, form: int) -> None:
     groups, units = _groups(row)
     first, last = share(units, ith, nth)
-    k, m, distance = extent(row, _W, 0), extent(row, _Y, 1), word(row, words.AUX)
+    n, k, m, distance = extent(row, _W, 1), extent(row, _W, 0), extent(row, _Y, 1), word(row, words.AUX)
     panel = word(row, words.WORK) + word(row, words.AUX + 1) + ith * word(row, words.AUX + 2)
-    out_distance = stride(row, words.DST, 1)
-    for unit in range(first, last):
-        rows, weights, y, out = _unit(row, unit, groups)
-        pack_rows(form, weights, stride(row, _W, 1), rows, k, panel)
+    w_step, out_step = stride(row, _W, 1), stride(row, words.DST, 1)
+    unit = first
+    while unit < last:
+        weights, y, out = _batch(row, unit // groups)
+        group = unit % groups
+        several = min(PANELS, groups - group, last - unit)
+        unit += several
+        rows = min(n - ROWS * group, ROWS * several)
+        for p in range(several):
+            to = panel + p * (word(row, words.AUX + 2) // MAX_PANELS)
+            pack_rows(form, weights + ROWS * (group + p) * w_step, w_step, rows - ROWS * p, k, to)
         for c in range(0, m, COLUMNS):
-            dot_panel(
-                form,
-                panel,
-                rows,
-                y + c * distance,
-                distance,
-                min(COLUMNS, m - c),
-                k,
-                out + c * out_distance,
-                out_distance,
-            )
+            to = out + 4 * ROWS * group + c * out_step
+            dot_panels(form, panel, rows, y + c * distance, distance, m - c, k, to, out_step)
 
 
 @kernel

@@ -78,14 +78,18 @@ def _add_blocks(
     blocks = b.udiv(k, const(I64, form.block))
     rows = [clamped_row(b, w, const(I64, r), stride, count) for r in range(ROWS)]
     ahead = b.mul(stride, const(I64, ROWS))  # the next eight rows are asked for while these are used
+    for short in (4096, 8192):  # those behind them where rows are short: memory takes a while
+        ahead = b.select(b.icmp_signed("<", ahead, const(I64, short)), b.shl(ahead, const(I64, 1)), ahead)
     with cgutils.for_range(b, blocks) as loop:
         offset = b.mul(loop.index, const(I64, form.nbytes))
         here = [b.add(row, offset) for row in rows]
-        for row in here:
-            prefetch_line(b, b.add(row, ahead))
+        turn = b.and_(loop.index, const(I64, 1 if form.nbytes <= 32 else 0))
+        with b.if_then(b.icmp_signed("==", turn, const(I64, 0))):  # about once per line
+            for row in here:
+                prefetch_line(b, b.add(row, ahead))
         column = Column(b, form, y, k, loop.index, blocks)
         turned = _turned_quants(b, form, here)
-        exact = chunk_tile(b, form, turned.__getitem__, [column.quants], [])[0]
+        exact = chunk_tile(b, form, [turned.__getitem__], [column.quants], [[]])[0]
         scales = [gather_halves(b, here, at) for at in (form.scale, form.floor) if at >= 0]
         b.store(accumulate(b, form, b.load(total), exact, None, scales, column), total)
 
@@ -190,4 +194,4 @@ def _strip_sums(b: ir.IRBuilder, form: Format, strip: _Strip, index: ir.Value) -
 
 
 dot_rows = for_format(_dot_rows, 6)
-"""(format, weights, stride, rows <= 8, column, k, out): out[r] for consecutive rows."""
+"""(format, weights, stride, rows that exist, column, k, out): out[r] for consecutive rows."""

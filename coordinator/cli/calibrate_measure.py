@@ -1,0 +1,152 @@
+"""Measurements of `crossdock calibrate`: operations alone, and steps of several workers that hand over bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from coordinator.cli.calibrate_rig import Loaded, Rig, Share
+from coordinator.config import Topology
+from coordinator.simulate.calibrate_cases import Case, Room, cases, chain_ops, first_bytes
+from coordinator.simulate.calibrate_fit import Sample, line, low, noise
+from coordinator.simulate.work import work_of
+from protocol.messages import Port
+from protocol.program import Instruction, Kind
+
+BUSY_S: Final = 200e-6
+"""A worker of a chain computes for about this long: peers fall asleep meanwhile, as they do in a model."""
+HOPS: Final = (1, 3, 6)
+HOP_NBYTES: Final = (512, 64 << 10, 1 << 20, 8 << 20)
+OUTPUT_NBYTES: Final = (512, 64 << 10, 512 << 10)
+_HOPS_OF_A_SIZE: Final = 4
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How often each thing is measured. Rounds go over everything in turn, so that a busy moment spoils a sample of
+    each rather than all of one."""
+
+    op_rounds: int = 40
+    step_rounds: int = 120
+    quick: bool = False
+
+
+QUICK: Final = Effort(16, 60, quick=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """What a step costs besides operations: seconds.
+
+    `step_s` of a step with one worker, `further_s` for each further one, `split_s` of a run of ops, `hop_s` of a
+    transfer and `byte_s` of each of its bytes, `output_byte_s` of each byte that goes back to the coordinator.
+    """
+
+    step_s: float
+    further_s: float
+    split_s: float
+    hop_s: float
+    byte_s: float
+    output_byte_s: float
+    noise: float
+
+
+def measure_ops(topology: Topology, room: Room, effort: Effort, progress: Progress) -> tuple[list[Sample], float]:
+    """Every case on one worker, and how noisy the middle case was (noise)."""
+    alone = Topology(topology.workers[-1:])
+    with Rig(alone, [room.nbytes]) as rig:
+        for offset, data in first_bytes(room):
+            rig.write(0, offset, data)
+        loaded = [(case, rig.ship(case.name, {0: Share(case.ops)})) for case in cases(room, quick=effort.quick)]
+        seconds: list[list[float]] = [[] for _ in loaded]
+        for number in range(effort.op_rounds):
+            progress(f"operations, round {number + 1} of {effort.op_rounds}")
+            for (_, program), found in zip(loaded, seconds, strict=True):
+                found.append(program.timed().compute_s[0])
+    samples = [_sample(case, found) for (case, _), found in zip(loaded, seconds, strict=True)]
+    return samples, sorted(map(noise, seconds))[len(seconds) // 2]
+
+
+def _sample(case: Case, seconds: Sequence[float]) -> Sample:
+    return Sample(work_of(case.ops[0]), low(seconds) / len(case.ops), case.missed, case.name)
+
+
+def measure_steps(topology: Topology, effort: Effort, progress: Progress, plane: str | None = None) -> Steps:
+    """Chains over one, two and three workers. `topology` has three, the host last."""
+    room = Room(Rig.ARENA, 1 << 20)
+    with Rig(topology, [room.nbytes] * 3, plane) as rig:
+        for worker in range(3):
+            for offset, data in first_bytes(room):
+                rig.write(worker, offset, data)
+        programs = _programs(rig, room)
+        walls: dict[str, list[float]] = {name: [] for name in programs}
+        late: list[float] = []
+        for number in range(effort.step_rounds):
+            if number % 10 == 0:
+                progress(f"steps, round {number + 1} of {effort.step_rounds}")
+            for name, program in programs.items():
+                timed = program.timed()
+                walls[name].append(timed.outside_s)
+                if name == "short":
+                    late.append(timed.compute_s[0])
+    return _steps(walls, low(late))
+
+
+def _steps(walls: Mapping[str, Sequence[float]], split_s: float) -> Steps:
+    outside = {name: low(values) for name, values in walls.items()}
+    start, hop_s = line([(hops, outside[f"hops {hops}"]) for hops in HOPS])
+    _, byte_s = line([(nbytes * _HOPS_OF_A_SIZE, outside[f"bytes {nbytes}"]) for nbytes in HOP_NBYTES])
+    _, output_s = line([(nbytes, outside[f"output {nbytes}"]) for nbytes in OUTPUT_NBYTES])
+    step_s = outside["alone"]
+    further_s = max(0.0, (start - step_s + outside["three"] - 2 * hop_s - step_s) / 3)
+    middle = sorted(map(noise, walls.values()))[len(walls) // 2]
+    return Steps(step_s, further_s, split_s, hop_s, byte_s, output_s, middle)
+
+
+def _programs(rig: Rig, room: Room) -> dict[str, Loaded]:
+    """What is run: chains with several hops between two workers, of several sizes, over three workers, and outputs."""
+    busy = Share(chain_ops(room, BUSY_S))
+    brief = Share(busy.ops[:1])
+    found = {
+        "alone": rig.ship("alone", {2: busy}),
+        "three": rig.ship("three", chain([busy, busy, busy], [2, 0, 1], HOP_NBYTES[0])),
+        "short": rig.ship("short", chain([busy, brief], [2, 0], HOP_NBYTES[0])),
+    }
+    for hops in HOPS:
+        order = [(2, 0)[i % 2] for i in range(hops + 1)]
+        found[f"hops {hops}"] = rig.ship("hops", chain([busy] * len(order), order, HOP_NBYTES[0]))
+    for nbytes in HOP_NBYTES:
+        order = [(2, 0)[i % 2] for i in range(_HOPS_OF_A_SIZE + 1)]
+        found[f"bytes {nbytes}"] = rig.ship("bytes", chain([brief] * len(order), order, nbytes))
+    for nbytes in OUTPUT_NBYTES:
+        port = Port("result", rig.ARENA, 0, nbytes)
+        found[f"output {nbytes}"] = rig.ship("output", {2: replace(brief, outputs=(port,))})
+    return found
+
+
+def chain(runs: Sequence[Share], workers: Sequence[int], nbytes: int) -> dict[int, Share]:
+    """Programs in which these workers compute one after the other, each handing `nbytes` to the next.
+
+    All runs of a worker are of the same ops.
+    """
+    instructions: dict[int, list[Instruction]] = {worker: [] for worker in workers}
+    ops = {worker: run.ops for worker, run in zip(workers, runs, strict=True)}
+    for number, worker in enumerate(workers):
+        own = instructions[worker]
+        if number:
+            before = workers[number - 1]
+            own.append(Instruction(Kind.RECV, number - 1, before, 0, Rig.ARENA, _into(nbytes), nbytes, (Rig.ARENA, 0)))
+        own.append(Instruction(Kind.RUN, 0, len(ops[worker])))
+        if number + 1 < len(workers):
+            own.append(Instruction(Kind.SEND, number, workers[number + 1], 0, Rig.ARENA, 0, nbytes))
+    for number, worker in enumerate(workers[:-1]):
+        instructions[worker].append(Instruction(Kind.WAIT, number, workers[number + 1]))
+    return {worker: Share(ops[worker], tuple(own)) for worker, own in instructions.items()}
+
+
+def _into(nbytes: int) -> int:
+    """Where a transfer goes: behind where it comes from, for both are the same on every worker."""
+    return -(-nbytes // 4096) * 4096

@@ -1,0 +1,67 @@
+"""Words of shared memory that one process changes and another sleeps on."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+_SYS_FUTEX, _FUTEX_WAIT, _FUTEX_WAKE = 202, 0, 1
+_EVERYBODY = 0x7FFFFFFF
+
+
+class _Timespec(ctypes.Structure):
+    _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
+
+
+class Doorbells:
+    """Doorbells among 32-bit words that processes share; needs the feature `futex` (x86-64 Linux).
+
+    A doorbell is two words: a value that only its ringer changes, and behind it whether its one waiter sleeps. The
+    ringer makes a system call only for a sleeper. For use by one thread of a process.
+    """
+
+    def __init__(self, words: npt.NDArray[np.uint32]) -> None:
+        self.cells = words.data
+        self._address = int(words.ctypes.data)
+        self._futex = _futex_call()
+        self._fence = threading.Lock()
+
+    def ring(self, word: int, value: int) -> None:
+        """Store, and wake who sleeps on it."""
+        cells = self.cells
+        cells[word] = value
+        # The value must be stored before the flag is loaded, or both sides could miss each other. x86-64 orders that
+        # only around a locked instruction, and taking a lock is one.
+        self._fence.acquire(blocking=False)
+        self._fence.release()
+        if cells[word + 1]:
+            self._futex(_SYS_FUTEX, self._address + 4 * word, _FUTEX_WAKE, _EVERYBODY, None, None, 0)
+
+    def wait(self, word: int, seen: int, spins: int, timeout_s: float) -> bool:
+        """Until the value is not `seen` any more, at most about that long; False when it still is.
+
+        A signal may end it early. It spins a little before it sleeps.
+        """
+        cells = self.cells
+        for _ in range(spins):
+            if cells[word] != seen:
+                return True
+        cells[word + 1] = 1
+        timeout = _Timespec(int(timeout_s), int(timeout_s % 1 * 1e9))
+        self._futex(_SYS_FUTEX, self._address + 4 * word, _FUTEX_WAIT, seen, ctypes.byref(timeout), None, 0)
+        cells[word + 1] = 0
+        return cells[word] != seen
+
+
+def _futex_call() -> Callable[..., int]:
+    libc = ctypes.CDLL(None, use_errno=True)
+    call = libc.syscall
+    call.restype = ctypes.c_long
+    call.argtypes = (
+        ctypes.c_long, ctypes.c_void_p, ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long,
+    )  # fmt: skip
+    return call
