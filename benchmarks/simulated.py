@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from benchmarks import models
 from benchmarks.measure import Row, quartiles
 from benchmarks.process import opened
 from coordinator.cli.calibrate import measured, write

@@ -199,6 +199,8 @@ def _prompt(
 
     Raises InputError or UsageError for what the model cannot take.
     """
+    if chosen.raw and chosen.system:
+        raise UsageError("--system goes without --raw: a raw prompt has no place for it")
     files = _images(chosen)
     if files and params.vision is None:
         raise InputError(f"the model ({params.arch}) takes no images, {len(files)} given")

@@ -82,7 +82,7 @@ def speed_line(timings: Timings, first_token_ns: int) -> str:
 
 
 def virtual_line(timings: Timings, devices: Sequence[str]) -> str:
-    """`on the modelled gpu0, cpu: encode 1.52 ms · prompt 15 tokens 1.07 ms · 12 tokens, 980/s`, by the virtual clock."""
+    """`on the modelled gpu0, cpu: encode 1.52 ms · prompt 15 tokens 1.07 ms`, by the virtual clock."""
     parts = []
     if timings.digests:
         parts.append(f"encode {_ms(timings.encode_ps)}")

@@ -125,7 +125,7 @@ class _Clock:
             left = evaluation.start_ps + row.left_ps
             return (left - evaluation.costs[worker][place + 1].busy) / PS, left / PS
         start, end = self._times(evaluation, row)
-        return min(end, max(start, sent[1] if sent is not None else start)), end
+        return min(end, max(start, sent[0] if sent is not None else start)), end
 
     def _arrow(
         self,
@@ -135,12 +135,15 @@ class _Clock:
         carried: tuple[float, float],
         received: tuple[float, float],
     ) -> None:
-        """From the sender's slice over the link's to the receiver's; where one takes no time it has none."""
-        spans = ((self.devices[transfer.source], sent), (link, carried), (self.devices[transfer.target], received))
-        points = [(track, (span[0] + span[1]) / 2) for track, span in spans if span is not None and span[1] > span[0]]
-        if not self.virtual and points and received[1] > received[0]:
-            points[-1] = points[-1][0], (carried[0] + received[1]) / 2
-        if len(points) > 1:
+        """From the sender's slice over the link's to the receiver's; where one took no time it has none."""
+        points: list[tuple[Track, float]] = []
+        if sent is not None and sent[1] > sent[0]:
+            points.append((self.devices[transfer.source], sent[0]))
+        points.append((link, (carried[0] + carried[1]) / 2))
+        if received[1] > received[0]:
+            copying = carried[1] if self.virtual else carried[0]
+            points.append((self.devices[transfer.target], (max(copying, received[0]) + received[1]) / 2))
+        if len(points) > 1 and carried[1] > carried[0]:
             self.arrows.append(Arrow(transfer.name, tuple(points)))
 
     def _add(self, track: Track, name: str, start: float, end: float, args: Args, category: str) -> None:

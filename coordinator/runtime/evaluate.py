@@ -23,8 +23,10 @@ from coordinator.schedule.lower import Keep, Lowered, lower
 from coordinator.schedule.plan import Plan
 from coordinator.schedule.scheduler import Scheduler
 from protocol import messages as m
+from protocol.errors import ProtocolError
 from protocol.program import NOWHERE, Kind, pack_instructions, pack_ops
 from protocol.timing import Cost, Times, pack_costs, unpack_times
+from protocol.wire import Envelope
 
 MAX_KEPT = 64
 """Programs kept per session; the one that was not used for longest goes first."""
@@ -175,12 +177,8 @@ class Evaluator:
         self.fleet.doing = f"the {shipped.name} graph"
         if shipped.expectations and (not self.history or self.history[-1][1] is not shipped):
             self.history.append((step, shipped))
-        for worker in shipped.workers:
-            ports = shipped.lowered.programs[worker].inputs
-            buffers = [_raw(inputs[port.name]) if port.name in inputs else b"" for port in ports]
-            self.fleet.send(worker, m.Step(shipped.number, step), buffers)
         try:
-            answers = self.fleet.gather(shipped.workers)
+            answers = self._step(shipped, step, inputs)
         except Violation as violation:
             raise OwnershipError(tell(violation.report, violation.worker, self._program_at)) from None
         outputs: dict[str, memoryview] = {}
@@ -191,6 +189,9 @@ class Evaluator:
         for worker, envelope in answers.items():
             program, message = shipped.lowered.programs[worker], envelope.message
             assert isinstance(message, m.Done)
+            if (message.program, message.step) != (shipped.number, step):
+                name = self.fleet.topology.names[worker]
+                raise ProtocolError(f"{name}: expected the end of step {step}, got that of step {message.step}")
             done[worker] = message
             n_outputs = len(program.outputs)
             outputs |= {
@@ -215,6 +216,15 @@ class Evaluator:
                 )
             )
         return StepResult(outputs, digests, wall_ns, done, taps, virtual_ps)
+
+    def _step(self, shipped: Shipped, step: int, inputs: Mapping[str, Array]) -> Mapping[int, Envelope]:
+        """Every worker's answer to one step."""
+        with self.fleet.whole():
+            for worker in shipped.workers:
+                ports = shipped.lowered.programs[worker].inputs
+                buffers = [_raw(inputs[port.name]) if port.name in inputs else b"" for port in ports]
+                self.fleet.send(worker, m.Step(shipped.number, step), buffers)
+            return self.fleet.gather(shipped.workers)
 
     def _program_at(self, step: int) -> Shipped:
         """The program that ran in a step, as strict ownership remembers."""

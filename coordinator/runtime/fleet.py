@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -196,16 +196,32 @@ class Fleet:
         self.send(worker, message, buffers)
         return self.gather([worker])[worker]
 
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """What is asked and answered within is done wholly, or the run has ended.
+
+        After an interrupt some workers may have begun what others were not told, and answers are still to come that
+        the next request would take for its own.
+        """
+        try:
+            yield
+        except CrossdockError:
+            raise
+        except BaseException:
+            self._broken = self._broken or f"it was interrupted {_during(self.doing)}"
+            raise
+
     def gather(self, workers: Sequence[int]) -> Mapping[int, Envelope]:
         """One answer from each of `workers`, the latest expected last, of the kind its request asks for. As `request`.
 
         The first failure ends it, and the fleet: the others may wait for ever for the worker that failed.
         """
-        try:
-            return self._gather(workers)
-        except CrossdockError as error:
-            self._broken = str(error)
-            raise
+        with self.whole():
+            try:
+                return self._gather(workers)
+            except CrossdockError as error:
+                self._broken = str(error)
+                raise
 
     def _gather(self, workers: Sequence[int]) -> Mapping[int, Envelope]:
         missing = list(workers)

@@ -27,16 +27,14 @@ from coordinator.runtime.quirks import Quirk, lost_image, with_leaf_caches, with
 from coordinator.runtime.stopwatch import Stopwatch
 from coordinator.runtime.taps import Tap, check_patterns, compile_patterns
 from coordinator.schedule.lower import Home, Keep
-from coordinator.schedule.placement import Placement, PlacementOptions, plan_placement
-from coordinator.schedule.plan import Device
+from coordinator.schedule.placement import Placement, PlacementOptions, check_overrides, plan_placement
+from coordinator.schedule.plan import ACCEL_ALIGNMENT, HOST_ALIGNMENT, Device
 from coordinator.schedule.residents import residents
 from coordinator.schedule.scheduler import Scheduler
 from protocol import messages as m
 from protocol.dtypes import DType
 from protocol.errors import CapacityError, UsageError
 
-ACCEL_ALIGNMENT = 128
-HOST_ALIGNMENT = 32
 KV_PADDING = 256
 """The language graph reads the cache in multiples of this, so that one plan serves many tokens (as llama.cpp)."""
 
@@ -117,6 +115,7 @@ class Session:
         self.devices = devices_of(topology)
         memory = [spec.memory for spec in topology.workers]
         self.placement: Placement = plan_placement(self.devices, memory, params.text.n_layer, options.placement)
+        check_overrides(options.placement, model.weights)
         shared = options.share_scheduler or not n_images
         self.schedulers = [Scheduler(self.devices) for _ in range(1 if shared else 2)]
         self.vision_debug: tuple[str, ...] = ()

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import hop, measure, ops, process, twins
+from benchmarks import hop, measure, ops, process, profile, tables, twins
 from coordinator.cli.parser import parse
 from coordinator.report import bench as report
 from protocol import messages as m
@@ -58,6 +58,34 @@ def test_twins_compute_the_same_product(dtype: DType, columns: int) -> None:
             twins.check_close(case.graph, memory, ours, {"repacked": repacked}, case.tolerance)
     for twin in (ours, native, repacked):
         twin.close()
+
+
+def test_a_profile_covers_every_operation_once() -> None:
+    graph, memory = profile.step_graph("demo", 2)
+    kinds = profile.kinds(graph)
+    counted = sorted(node for nodes in kinds.values() for node in nodes)
+    assert counted == sorted(n for n in graph.nodes if not graph.tensors[n].is_view_op)
+    some = profile.part(graph, next(nodes for label, nodes in kinds.items() if label.startswith("MUL_MAT q8_0")))
+    ours, theirs = twins.Ours(some, memory, 1), twins.Ggml(some, memory, 1)
+    twins.check_close(some, memory, ours, {"native": theirs}, ops.LOOSE)
+    ours.close()
+    theirs.close()
+
+
+def test_later_files_replace_rows_of_earlier_ones(tmp_path: Path) -> None:
+    def written(name: str, *rows: measure.Row) -> Path:
+        path = tmp_path / name
+        path.write_text(json.dumps([measure.document(rows, {"load": [1.5]}, {})]))
+        return path
+
+    pair = measure.Row("hop", "1 KB", 2.0, "ms", 4.0, "TCP", 2.0, 1.5, 2.5)
+    alone = measure.Row("start", "first token", 1.0, "s", note="n=3")
+    first = written("a.json", pair, alone)
+    second = written("b.json", measure.Row("hop", "1 KB", 1.0, "ms", 4.0, "TCP", 4.0, 3.5, 4.5))
+    text = tables.markdown(tables.rows_of([first, second]))
+    assert "| 1 KB | 1 | ms | 4 (TCP) | 4.00 | 3.50 to 4.50 |" in text
+    assert "| first token | 1 | s | n=3 |" in text
+    assert "2.00" not in text
 
 
 def test_hops_move_the_bytes() -> None:

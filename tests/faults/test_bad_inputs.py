@@ -361,6 +361,11 @@ def command_is_unknown(b: Bench) -> Bad:
 
 
 @case
+def raw_with_system(b: Bench) -> Bad:
+    return of_use(b, *ONE, "--raw", "-s", "x", words=("--system", "--raw"))
+
+
+@case
 def number_is_none(b: Bench) -> Bad:
     return of_use(b, "-n", "many", words=("--n-predict", "'many'"))
 

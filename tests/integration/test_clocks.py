@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,17 +12,20 @@ from coordinator.model.sampling import Sampler
 from coordinator.runtime.fleet import Fleet
 from coordinator.runtime.generate import Timings, encode_images, generate
 from coordinator.runtime.session import Session, SessionOptions
-from coordinator.runtime.stopwatch import Evaluation, Stopwatch, check_machine
+from coordinator.runtime.stopwatch import Evaluation, Stopwatch
 from coordinator.schedule.placement import PlacementOptions
 from coordinator.simulate.engine import simulate
 from coordinator.simulate.hardware import DeviceModel, LinkModel
 from coordinator.simulate.lowered import time_program
 from coordinator.simulate.machine import Machine, make_machine
 from coordinator.simulate.timed import Do, Job
-from protocol.errors import UsageError
-from protocol.program import Kind
-from protocol.timing import PS
+from protocol.board import NBYTES, Board
+from protocol.errors import ProtocolError, UsageError
+from protocol.program import Instruction, Kind
+from protocol.sharedmem import create
+from protocol.timing import BLOCKS, PS, Cost, pack_costs, unpack_costs
 from tests.integration.describing import Loaded, chat_prompt, fleet_of, load
+from workers.timing import VirtualClock, timing_of
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SLACK_PS = 500
@@ -96,3 +98,79 @@ def check_evaluation(evaluation: Evaluation, found: Machine) -> None:
         for one, two in zip(real, simulated, strict=True):
             assert abs(one[0] - two.start * PS) <= SLACK_PS, (worker, one, two)
             assert abs(one[1] - two.end * PS) <= SLACK_PS, (worker, one, two)
+
+
+def test_clocks_change_nothing(chain: Fleet, loaded: Loaded) -> None:
+    tokens = answer(chain, loaded, None)
+    watched, again = Stopwatch(MACHINES["nothing overlaps"], keep=True), Stopwatch(MACHINES["nothing overlaps"])
+    assert answer(chain, loaded, watched) == tokens
+    assert answer(chain, loaded, again) == tokens
+    assert watched.now_ps == again.now_ps == sum(evaluation.virtual_ps for evaluation in watched.taken)
+    assert not again.taken
+
+
+def test_clocks_travel_with_messages(loaded: Loaded) -> None:
+    """Where bytes do not go through shared memory, and nobody waits for a loan."""
+    found = MACHINES["nothing overlaps"]
+    stopwatch = Stopwatch(found, keep=True)
+    with fleet_of("cpu:1,accel:2", transport="tcp") as fleet:
+        assert fleet.plane == "message"
+        answer(fleet, loaded, stopwatch, n=2)
+    for evaluation in stopwatch.taken:
+        check_evaluation(evaluation, found)
+
+
+def test_pace_is_that_of_the_model(chain: Fleet, loaded: Loaded) -> None:
+    stopwatch = Stopwatch(machine(GPU, LinkModel("slow", 10e-3, 1e9)), pace=True, keep=True)
+    answer(chain, loaded, stopwatch, n=2)
+    assert stopwatch.now_ps > PS // 20
+    for evaluation in stopwatch.taken:
+        wall_s, virtual_s = (evaluation.end_ns - evaluation.start_ns) / 1e9, evaluation.virtual_ps / PS
+        assert virtual_s <= wall_s
+    last = stopwatch.taken[-1]
+    for rows in last.times.values():  # each instruction ends when it should, or later where the machine is slower
+        assert all((row.end_ns - rows[-1].start_ns) * 1000 >= row.start_ps for row in rows[:-1])
+
+
+@pytest.fixture
+def board(tmp_path: Path) -> Board:
+    return Board(create(NBYTES, str(tmp_path), "board"))
+
+
+def test_a_sender_that_blocks_and_a_loan_by_hand(board: Board) -> None:
+    """One computes 5, sends (link: 3, then 2 on the way), computes 1, waits for its loan; two computes 10 first."""
+    send, recv = Instruction(Kind.SEND, 0, 1), Instruction(Kind.RECV, 0, 0)
+    one = VirtualClock(board, [Cost(0), Cost(5), Cost(0, 0, 0, BLOCKS), Cost(1), Cost(0, 0, 0)])
+    two = VirtualClock(board, [Cost(0), Cost(10), Cost(3, 2, 0)])
+    one.begin(1)
+    two.begin(1)
+    one.add(0)
+    one.send(1, send)
+    two.add(0)
+    assert two.receive(1, recv) == 13
+    assert two.now == 15
+    one.add(2)
+    assert one.ends == {1: 13}
+    one.wait(3, Instruction(Kind.WAIT, 0, 1))
+    assert one.now == 14
+
+
+def test_costs_that_cannot_be_meant(board: Board) -> None:
+    table = pack_costs([Cost(1), Cost(2, 3, 0, BLOCKS)]).tobytes()
+    assert unpack_costs(table, 1) == [Cost(1), Cost(2, 3, 0, BLOCKS)]
+    run = [Instruction(Kind.RUN)]
+    for kind, buffer, message in (
+        ("clock", table[:32], "modelled times: 1 rows for 1 instructions"),
+        ("clock", table[:33], "modelled times: 33 bytes are no table of 4 words a row"),
+        ("pace", pack_costs([Cost(0), Cost(-1)]).tobytes(), "modelled times: expected 0 to 2"),
+        ("noon", table, "timing 'noon': expected one of '', 'trace', 'clock', 'pace'"),
+    ):
+        with pytest.raises(ProtocolError, match=message):
+            timing_of(kind, buffer, run, board)
+
+
+def test_a_link_that_is_missing(chain: Fleet, loaded: Loaded) -> None:
+    models = (replace(GPU, name="one"), replace(GPU, name="two"), HOST)
+    apart = make_machine(models, lambda source, target: CARD if "host" in (source, target) else None)
+    with pytest.raises(UsageError, match="no link from one to two"):
+        answer(chain, loaded, Stopwatch(apart))

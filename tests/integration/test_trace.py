@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -65,7 +66,7 @@ def by_track(trace: Trace) -> dict[Track, list[Slice]]:
 
 def test_nobody_does_two_things_at_once(both: tuple[Stopwatch, Trace]) -> None:
     for track, pieces in by_track(both[1]).items():
-        for one, two in zip(pieces, pieces[1:], strict=False):
+        for one, two in pairwise(pieces):
             assert one.start_s + one.seconds <= two.start_s + SLACK_S, (track, one, two)
 
 
