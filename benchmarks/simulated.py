@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
 from benchmarks.measure import Row, quartiles
 from benchmarks.process import opened
-from coordinator.cli.calibrate import measured, write
-from coordinator.cli.calibrate_measure import QUICK, Effort
+from coordinator.cli.calibrate import fitted, measured, write
+from coordinator.cli.calibrate_measure import Effort, Raw
 from coordinator.cli.calibrate_rig import ProcessorTime, Timed
 from coordinator.cli.simulate_model import machine_of
 from coordinator.config import parse_workers
@@ -19,12 +19,14 @@ from coordinator.runtime.evaluate import Evaluator, Shipped
 from coordinator.runtime.fleet import Fleet, FleetOptions
 from coordinator.runtime.session import Session
 from coordinator.runtime.stopwatch import Stopwatch
+from coordinator.schedule.lower import Lowered
 from coordinator.simulate.calibrate_fit import low
 from coordinator.simulate.engine import simulate
 from coordinator.simulate.lowered import time_program
 from coordinator.simulate.machine import Machine
 from coordinator.simulate.timed import Do, Job
 from protocol.program import Kind
+from protocol.timing import Times
 
 WORKERS = ("cpu:1", "cpu:1,accel:1", "cpu:1,accel:2")
 LAYERS = {"demo": (0, 1, 2, 3, 4, 5, 6), "smollm2-q4_1": (0, 1, 8, 15, 22, 30, 31)}
@@ -48,68 +50,98 @@ class Pair:
         return self.simulated / self.real - 1.0
 
 
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """What is measured: a model, workers, and how many layers lie on accelerators."""
+
+    model: str
+    workers: str
+    layers: int
+
+    def __str__(self) -> str:
+        return f"{self.model}, {self.workers}, {self.layers} layers"
+
+
+@dataclass(slots=True)
+class Seen:
+    """Samples of one placement: whole steps and what of them is outside of operations, and each run of ops with its
+    worker's name and split; the program is the same whenever it is measured."""
+
+    walls: list[float] = field(default_factory=list)
+    outside: list[float] = field(default_factory=list)
+    runs: list[tuple[str, int, list[float]]] = field(default_factory=list)
+    lowered: Lowered | None = None
+
+
 def rows(quick: bool) -> Iterator[Row]:
-    """A row for each placement, then the shares that are close enough."""
+    """A row for each placement, then the shares that are close enough.
+
+    How much of the memory's bandwidth neighbours leave changes from minute to minute: calibration and placements are
+    measured in turns, several times over, and compared only then.
+    """
+    effort = Effort(8, 30, quick=True) if quick else Effort(16, 60, quick=True)
+    raw, seen = Raw({}, {}, {}), {placement: Seen() for placement in _placements(quick)}
+    for _ in range(2 if quick else 5):
+        raw.add(measured(1, effort, lambda _: None))
+        for placement, found in seen.items():
+            _measure(placement, found, 16 if quick else 30)
+    calibration = fitted(raw, 1, effort)
+    yield Row("simulated", "noise of operations while calibrating", 100 * calibration.noise, "%")
+    yield Row("simulated", "noise of steps while calibrating", 100 * calibration.shared.noise, "%")
     splits: list[Pair] = []
     steps: list[Pair] = []
     with tempfile.TemporaryDirectory() as folder:
-        found = measured(1, QUICK if quick else Effort(), lambda _: None)
-        machines = {}
-        for workers in WORKERS:
-            system, network, _ = write(Path(folder) / "machine.toml", parse_workers(workers, 1), found)
-            machines[workers] = machine_of(str(system), str(network))
-    yield Row("simulated", "noise of operations while calibrating", 100 * found.noise, "%")
-    yield Row("simulated", "noise of steps while calibrating", 100 * found.shared.noise, "%")
-    for name in LAYERS:
-        for workers in WORKERS:
-            for layers in _layers(name, workers, quick):
-                step, parts = _compare(name, workers, layers, machines[workers], 24 if quick else 80)
-                steps.append(step)
-                splits += parts
-                yield _row(step, parts)
+        for placement, found in seen.items():
+            topology = parse_workers(placement.workers, 1)
+            system, network, _ = write(Path(folder) / "machine.toml", topology, calibration)
+            step, parts = _compare(placement, found, machine_of(str(system), str(network)))
+            steps.append(step)
+            splits += parts
+            yield _row(step, parts, low(found.outside))
     yield _share(f"decode steps within {STEP_WITHIN:.0%}", steps, STEP_WITHIN)
     yield _share(f"splits within {SPLIT_WITHIN:.0%}", splits, SPLIT_WITHIN)
 
 
-def _layers(name: str, workers: str, quick: bool) -> Sequence[int]:
-    if workers == "cpu:1":
-        return (0,)
-    chosen = LAYERS[name] if workers.endswith("accel:1") else LAYERS[name][2:]
-    return chosen[1::2] if quick else chosen
+def _placements(quick: bool) -> Iterator[Placement]:
+    for model, layers in LAYERS.items():
+        yield Placement(model, WORKERS[0], 0)
+        for number, workers in enumerate(WORKERS[1:]):
+            chosen = layers[2 * number :]  # with two accelerators from two layers on
+            yield from (Placement(model, workers, n) for n in (chosen[1::2] if quick else chosen))
 
 
-def _compare(name: str, workers: str, layers: int, machine: Machine, rounds: int) -> tuple[Pair, list[Pair]]:
-    """One placement: whole steps, and in between steps in which workers note when each run of ops began and ended."""
-    with Fleet(parse_workers(workers, 1), FleetOptions()) as fleet:
-        session = opened(fleet, name, workers, layers if workers != "cpu:1" else None, int(name == "demo"))
+def _measure(placement: Placement, seen: Seen, rounds: int) -> None:
+    """Whole steps, and in between steps in which workers note when each run of ops began and ended."""
+    alone = placement.workers == WORKERS[0]
+    with Fleet(parse_workers(placement.workers, 1), FleetOptions()) as fleet:
+        layers, n_images = None if alone else placement.layers, int(placement.model == "demo")
+        session = opened(fleet, placement.model, placement.workers, layers, n_images)
         while session.n_past < DEPTH:
             session.evaluate([5] * min(64, DEPTH - session.n_past))
         plain, watch = session.evaluator, Stopwatch(keep=True)
         noting = Evaluator(fleet, session.memory, session.schedulers, stopwatch=watch)
-        shipped = _decode(session)[1]
-        runs = _runs(shipped)
-        walls: list[float] = []
-        spent: list[list[float]] = [[] for _ in runs]
         for _ in range(rounds):
-            walls.append(_decode(session)[0].wall_s)
+            timed, shipped = _decode(session)
+            seen.walls.append(timed.wall_s)
+            seen.outside.append(timed.outside_s)
             session.evaluator = noting
             compute = _decode(session)[0].compute_s
             session.evaluator = plain
-            times = watch.taken.pop().times
-            for (worker, number), found in zip(runs, spent, strict=True):
-                row = times[worker][number]
-                found.append(min(compute[worker], (row.end_ns - row.start_ns) * 1e-9))
-    title = f"{name}, {workers}, {layers} layers"
-    step_s, split_s = _simulated(shipped, machine)
-    programs = shipped.lowered.programs
-    splits = [
-        Pair(
-            f"{title}: {session.devices[worker].name} split {programs[worker].instructions[number].split}",
-            low(found), seconds,
-        )
-        for (worker, number), found, seconds in zip(runs, spent, split_s, strict=True)
-    ]  # fmt: skip
-    return Pair(title, low(walls), step_s), splits
+            _note(session, shipped, seen, compute, watch.taken.pop().times)
+
+
+def _note(
+    session: Session, shipped: Shipped, seen: Seen, compute: Mapping[int, float], times: Mapping[int, Sequence[Times]]
+) -> None:
+    """How long each run of ops took: no longer than its worker's processor time for all of them."""
+    if seen.lowered is None:
+        seen.lowered = shipped.lowered
+        for worker, number in _runs(shipped.lowered):
+            split = shipped.lowered.programs[worker].instructions[number].split
+            seen.runs.append((session.devices[worker].name, split, []))
+    for (worker, number), (_, _, found) in zip(_runs(shipped.lowered), seen.runs, strict=True):
+        row = times[worker][number]
+        found.append(min(compute[worker], (row.end_ns - row.start_ns) * 1e-9))
 
 
 def _decode(session: Session) -> tuple[Timed, Shipped]:
@@ -121,9 +153,9 @@ def _decode(session: Session) -> tuple[Timed, Shipped]:
     return watch.timed(result.wall_ns * 1e-9, compute_s), shipped
 
 
-def _runs(shipped: Shipped) -> list[tuple[int, int]]:
+def _runs(lowered: Lowered) -> list[tuple[int, int]]:
     """Every run of ops: its worker, and its number among the worker's instructions."""
-    programs = enumerate(shipped.lowered.programs)
+    programs = enumerate(lowered.programs)
     return [
         (worker, number)
         for worker, program in programs
@@ -132,21 +164,33 @@ def _runs(shipped: Shipped) -> list[tuple[int, int]]:
     ]
 
 
-def _simulated(shipped: Shipped, machine: Machine) -> tuple[float, list[float]]:
+def _compare(placement: Placement, seen: Seen, machine: Machine) -> tuple[Pair, list[Pair]]:
+    """The whole step and each run of ops, measured and simulated."""
+    assert seen.lowered is not None
+    step_s, run_s = _simulated(seen.lowered, machine)
+    splits = [
+        Pair(f"{placement}: {name} split {split}", low(found), seconds)
+        for (name, split, found), seconds in zip(seen.runs, run_s, strict=True)
+    ]
+    return Pair(str(placement), low(seen.walls), step_s), splits
+
+
+def _simulated(lowered: Lowered, machine: Machine) -> tuple[float, list[float]]:
     """Seconds of the step, and of each run of ops, in the order of `_runs`."""
-    timed = time_program(shipped.lowered, machine.models, machine.fabric)
+    timed = time_program(lowered, machine.models, machine.fabric)
     is_async = [model.async_copies for model in machine.models]
     line = simulate(is_async, machine.fabric, [timed], [[Job(0)]], check=True)
     runs = []
-    for acts, model, program in zip(timed.workers, machine.models, shipped.lowered.programs, strict=True):
+    for acts, model, program in zip(timed.workers, machine.models, lowered.programs, strict=True):
         seconds = [act.seconds for act in acts if act.do == Do.RUN]
         runs += seconds[1:] if program.instructions and model.step_s else seconds
     return line.end_s, runs
 
 
-def _row(step: Pair, splits: Sequence[Pair]) -> Row:
+def _row(step: Pair, splits: Sequence[Pair], outside_s: float) -> Row:
     errors = sorted(pair.error for pair in splits)
     note = "; ".join(f"{p.name.rpartition(': ')[2]} {p.real * 1e6:.0f} us {p.error:+.0%}" for p in splits)
+    note = f"{outside_s * 1e6:.0f} us outside of ops; {note}"
     ratio = step.simulated / step.real
     return Row(
         "simulated", step.name, step.real * 1e6, "us", step.simulated * 1e6, "simulated", ratio,

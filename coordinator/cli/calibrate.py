@@ -11,14 +11,25 @@ from typing import Final
 
 from rich.console import Console
 
-from coordinator.cli.calibrate_measure import QUICK, Effort, Progress, Steps, measure_ops, measure_steps
+from coordinator.cli.calibrate_measure import (
+    QUICK,
+    Effort,
+    Progress,
+    Raw,
+    Steps,
+    fit_ops,
+    fit_steps,
+    measure_ops,
+    measure_steps,
+    middle_noise,
+)
 from coordinator.cli.calibrate_rig import Rig
 from coordinator.config import Topology, parse_workers
 from coordinator.report.bench import machine
 from coordinator.report.text import notes, watched
 from coordinator.runtime.session import devices_of
 from coordinator.simulate.calibrate_cases import Room
-from coordinator.simulate.calibrate_fit import Sample, errors, fit_costs
+from coordinator.simulate.calibrate_fit import Sample, errors
 from coordinator.simulate.calibrate_write import Calibration, Link, network_text, system_text
 from coordinator.simulate.hardware import Cost
 from coordinator.simulate.work import OUTPUT
@@ -41,7 +52,8 @@ def calibrate(chosen: argparse.Namespace) -> int:
         raise UsageError(f"--workers {chosen.workers}: null workers compute nothing that could be measured")
     with notes().status("starting workers") if watched() else nullcontext() as status:
         progress: Progress = status.update if status is not None else lambda _: None
-        found = measured(chosen.threads, QUICK if chosen.quick else Effort(), progress)
+        effort = QUICK if chosen.quick else Effort()
+        found = fitted(measured(chosen.threads, effort, progress), chosen.threads, effort)
     files = write(output, topology, found)
     _say(Console(highlight=False, soft_wrap=True), found, files)
     return 0
@@ -60,15 +72,25 @@ class Measured:
     cache: int
 
 
-def measured(threads: int, effort: Effort, progress: Progress) -> Measured:
+def room_of() -> Room:
+    """Memory for weights of ops that are to miss the cache."""
+    return Room(Rig.ARENA, 3 * cache_nbytes())
+
+
+def measured(threads: int, effort: Effort, progress: Progress) -> Raw:
     """Measure everything with workers of `threads` threads. Raises what workers fail with."""
     chain = parse_workers(CHAIN, threads)
-    room = Room(Rig.ARENA, 3 * cache_nbytes())
-    samples, noise = measure_ops(chain, room, effort, progress)
-    shared = measure_steps(chain, effort, progress)
-    messages = measure_steps(chain, effort, progress, "message")
-    costs = fit_costs(samples) | {OUTPUT: Cost(byte_s=shared.output_byte_s)}
-    return Measured(samples, costs, noise, shared, messages, threads, cache_nbytes())
+    ops = measure_ops(chain, room_of(), effort, progress)
+    steps = measure_steps(chain, effort, progress)
+    return Raw(ops, steps, measure_steps(chain, effort, progress, "message"))
+
+
+def fitted(raw: Raw, threads: int, effort: Effort) -> Measured:
+    """What follows from the samples."""
+    samples, costs = fit_ops(room_of(), effort, raw.ops)
+    shared, messages = fit_steps(raw.steps), fit_steps(raw.messages)
+    costs[OUTPUT] = Cost(byte_s=shared.output_byte_s)
+    return Measured(samples, costs, middle_noise(raw.ops), shared, messages, threads, cache_nbytes())
 
 
 def write(output: Path, topology: Topology, found: Measured) -> tuple[Path, Path, Path]:

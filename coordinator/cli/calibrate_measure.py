@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from statistics import median
 from typing import Final
 
 from coordinator.cli.calibrate_rig import Loaded, Rig, Share
 from coordinator.config import Topology
-from coordinator.simulate.calibrate_cases import Case, Room, cases, chain_ops, first_bytes
-from coordinator.simulate.calibrate_fit import Sample, line, low, noise
+from coordinator.simulate.calibrate_cases import (
+    MIXTURES,
+    Case,
+    Room,
+    brief_op,
+    cases,
+    chain_ops,
+    first_bytes,
+    mixtures,
+)
+from coordinator.simulate.calibrate_fit import Mixed, Sample, among_others, fit_costs, line, low, noise
+from coordinator.simulate.hardware import Cost
 from coordinator.simulate.work import work_of
 from protocol.messages import Port
 from protocol.program import Instruction, Kind
 
-BUSY_S: Final = 200e-6
+BUSY_S: Final = 500e-6
 """A worker of a chain computes for about this long: peers fall asleep meanwhile, as they do in a model."""
 HOPS: Final = (1, 3, 6)
 HOP_NBYTES: Final = (512, 64 << 10, 1 << 20, 8 << 20)
 OUTPUT_NBYTES: Final = (512, 64 << 10, 512 << 10)
 _HOPS_OF_A_SIZE: Final = 4
+_SPLIT: Final = "split"
 
 Progress = Callable[[str], None]
 
@@ -54,27 +66,59 @@ class Steps:
     noise: float
 
 
-def measure_ops(topology: Topology, room: Room, effort: Effort, progress: Progress) -> tuple[list[Sample], float]:
-    """Every case on one worker, and how noisy the middle case was (noise)."""
+Samples = dict[str, list[float]]
+"""Seconds of each sample by what was measured; samples of several times can be put together."""
+
+
+@dataclass(frozen=True, slots=True)
+class Raw:
+    """All samples: operations by case, and what steps took outside of them by the plane that carried bytes."""
+
+    ops: Samples
+    steps: Samples
+    messages: Samples
+
+    def add(self, other: Raw) -> None:
+        """Put samples of another time to these."""
+        for mine, more in ((self.ops, other.ops), (self.steps, other.steps), (self.messages, other.messages)):
+            for name, seconds in more.items():
+                mine.setdefault(name, []).extend(seconds)
+
+
+def measure_ops(topology: Topology, room: Room, effort: Effort, progress: Progress) -> Samples:
+    """Every case, and mixtures of them, on one worker."""
     alone = Topology(topology.workers[-1:])
     with Rig(alone, [room.nbytes]) as rig:
         for offset, data in first_bytes(room):
             rig.write(0, offset, data)
-        loaded = [(case, rig.ship(case.name, {0: Share(case.ops)})) for case in cases(room, quick=effort.quick)]
-        seconds: list[list[float]] = [[] for _ in loaded]
+        loaded = {case.name: rig.ship(case.name, {0: Share(case.ops)}) for case in all_cases(room, effort)}
+        seconds: Samples = {name: [] for name in loaded}
         for number in range(effort.op_rounds):
             progress(f"operations, round {number + 1} of {effort.op_rounds}")
-            for (_, program), found in zip(loaded, seconds, strict=True):
-                found.append(program.timed().compute_s[0])
-    samples = [_sample(case, found) for (case, _), found in zip(loaded, seconds, strict=True)]
-    return samples, sorted(map(noise, seconds))[len(seconds) // 2]
+            for name, program in loaded.items():
+                seconds[name].append(program.timed().compute_s[0])
+    return seconds
 
 
-def _sample(case: Case, seconds: Sequence[float]) -> Sample:
-    return Sample(work_of(case.ops[0]), low(seconds) / len(case.ops), case.missed, case.name)
+def all_cases(room: Room, effort: Effort) -> tuple[Case, ...]:
+    """What is measured on one worker."""
+    single = tuple(cases(room, quick=effort.quick))
+    return *single, *mixtures(single)
 
 
-def measure_steps(topology: Topology, effort: Effort, progress: Progress, plane: str | None = None) -> Steps:
+def fit_ops(room: Room, effort: Effort, seconds: Samples) -> tuple[list[Sample], dict[str, Cost]]:
+    """The samples of single ops, and the costs that follow; all ops cost more by what mixtures show."""
+    samples, mixed = [], []
+    for case in all_cases(room, effort):
+        took = low(seconds[case.name])
+        if case.name in MIXTURES:
+            mixed.append(Mixed(tuple(map(work_of, case.ops)), took))
+        else:
+            samples.append(Sample(work_of(case.ops[0]), took / len(case.ops), case.missed, case.name))
+    return samples, among_others(fit_costs(samples), mixed)
+
+
+def measure_steps(topology: Topology, effort: Effort, progress: Progress, plane: str | None = None) -> Samples:
     """Chains over one, two and three workers. `topology` has three, the host last."""
     room = Room(Rig.ARENA, 1 << 20)
     with Rig(topology, [room.nbytes] * 3, plane) as rig:
@@ -82,34 +126,38 @@ def measure_steps(topology: Topology, effort: Effort, progress: Progress, plane:
             for offset, data in first_bytes(room):
                 rig.write(worker, offset, data)
         programs = _programs(rig, room)
-        walls: dict[str, list[float]] = {name: [] for name in programs}
-        late: list[float] = []
+        seconds: Samples = {name: [] for name in (*programs, _SPLIT)}
         for number in range(effort.step_rounds):
             if number % 10 == 0:
                 progress(f"steps, round {number + 1} of {effort.step_rounds}")
             for name, program in programs.items():
                 timed = program.timed()
-                walls[name].append(timed.outside_s)
+                seconds[name].append(timed.outside_s)
                 if name == "short":
-                    late.append(timed.compute_s[0])
-    return _steps(walls, low(late))
+                    seconds[_SPLIT].append(timed.compute_s[0])
+    return seconds
 
 
-def _steps(walls: Mapping[str, Sequence[float]], split_s: float) -> Steps:
-    outside = {name: low(values) for name, values in walls.items()}
+def fit_steps(seconds: Samples) -> Steps:
+    """What steps cost."""
+    outside = {name: low(values) for name, values in seconds.items()}
     start, hop_s = line([(hops, outside[f"hops {hops}"]) for hops in HOPS])
     _, byte_s = line([(nbytes * _HOPS_OF_A_SIZE, outside[f"bytes {nbytes}"]) for nbytes in HOP_NBYTES])
     _, output_s = line([(nbytes, outside[f"output {nbytes}"]) for nbytes in OUTPUT_NBYTES])
     step_s = outside["alone"]
     further_s = max(0.0, (start - step_s + outside["three"] - 2 * hop_s - step_s) / 3)
-    middle = sorted(map(noise, walls.values()))[len(walls) // 2]
-    return Steps(step_s, further_s, split_s, hop_s, byte_s, output_s, middle)
+    return Steps(step_s, further_s, outside[_SPLIT], hop_s, byte_s, output_s, middle_noise(seconds))
+
+
+def middle_noise(seconds: Samples) -> float:
+    """How much longer the middle sample of the middle case took than an undisturbed one."""
+    return median(map(noise, seconds.values()))
 
 
 def _programs(rig: Rig, room: Room) -> dict[str, Loaded]:
     """What is run: chains with several hops between two workers, of several sizes, over three workers, and outputs."""
     busy = Share(chain_ops(room, BUSY_S))
-    brief = Share(busy.ops[:1])
+    brief = Share((brief_op(room),))
     found = {
         "alone": rig.ship("alone", {2: busy}),
         "three": rig.ship("three", chain([busy, busy, busy], [2, 0, 1], HOP_NBYTES[0])),

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import math
+from dataclasses import replace
 from pathlib import Path
 
 from coordinator.config import Topology
+from coordinator.runtime.fleet import FleetOptions
 from coordinator.runtime.stopwatch import Stopwatch, check_machine
 from protocol.errors import InputError, UsageError
 
@@ -38,6 +41,11 @@ def stopwatch_of(chosen: argparse.Namespace, workers: Topology) -> Stopwatch | N
     machine = machine_of(chosen.simulate, chosen.network or DEFAULT_LINK)
     check_machine(machine, workers.names, chosen.simulate)
     return Stopwatch(machine, pace=chosen.pace, keep=chosen.trace is not None)
+
+
+def patient(chosen: argparse.Namespace, fleet: FleetOptions) -> FleetOptions:
+    """With --pace workers may sleep for as long as the model computes: that is no stall."""
+    return replace(fleet, stall_timeout_s=math.inf) if chosen.pace else fleet
 
 
 def write_run_trace(chosen: argparse.Namespace, stopwatch: Stopwatch | None, workers: Topology) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 
 from coordinator.cli import options
-from coordinator.cli.clocks import stopwatch_of, write_run_trace
+from coordinator.cli.clocks import patient, stopwatch_of, write_run_trace
 from coordinator.config import Topology
 from coordinator.model.chat import ChatTemplate, Message
 from coordinator.model.gguf_file import ModelFile, open_model
@@ -69,7 +69,7 @@ def run(chosen: argparse.Namespace) -> int:
     started = _process_start()
     console = notes()
     talk = not (chosen.quiet or chosen.json)
-    workers, fleet_options = options.topology(chosen), options.fleet_options(chosen)
+    workers, fleet_options = options.topology(chosen), patient(chosen, options.fleet_options(chosen))
     session_options, sampler = options.session_options(chosen, _taps(chosen)), sampler_of(chosen)
     stopwatch = stopwatch_of(chosen, workers)
     model = open_model(options.model_path(chosen))

@@ -25,6 +25,23 @@ MATRICES: Final = ((256, 256, 16), (512, 512, 64), (1536, 576, 32), (512, 1536, 
 ATTENTION: Final = ((32, 4, 2, 40), (32, 4, 2, 256), (64, 9, 3, 256), (64, 9, 3, 1024), (128, 16, 4, 512))
 """Head size, heads, heads of the cache, positions."""
 
+MIXTURES: Final = {
+    "layers of 128": (
+        "RMS_NORM [128, 1]", "MUL [128, 1]", "q8_0 [128, 64] x 1", "ROPE [32, 4, 1]", "q8_0 [128, 64] x 1",
+        "ROPE [32, 2, 1]", "q8_0 [128, 64] x 1", "SET_ROWS [64, 1]", "SET_ROWS [64, 1]",
+        "f16 4/2 heads of 32, 1 x 256", "q8_0 [256, 64] x 1", "ADD [128, 1]", "RMS_NORM [128, 1]", "MUL [128, 1]",
+        "q8_0 [256, 256] x 1", "q8_0 [128, 512] x 1", "GLU [128, 1]", "q8_0 [256, 64] x 1", "ADD [128, 1]",
+    ),
+    "layers of 576": (
+        "RMS_NORM [576, 1]", "MUL [576, 1]", "q8_0 [512, 512] x 1", "ROPE [64, 9, 1]", "q8_0 [128, 512] x 1",
+        "ROPE [64, 3, 1]", "q8_0 [128, 512] x 1", "SET_ROWS [192, 1]", "SET_ROWS [192, 1]",
+        "f16 9/3 heads of 64, 1 x 256", "q8_0 [512, 512] x 1", "ADD [576, 1]", "RMS_NORM [576, 1]", "MUL [576, 1]",
+        "q8_0 [512, 1536] x 1", "q8_0 [512, 1536] x 1", "GLU [2048, 1]", "q8_0 [1536, 576] x 1", "ADD [576, 1]",
+    ),
+}  # fmt: skip
+"""Layers of a small llama, by the names of cases."""
+_LAYERS: Final = 4
+
 _PING, _PONG, _AUX, WEIGHTS = 0, 4 << 20, 8 << 20, 12 << 20
 """Offsets in the arena: each op reads what the one before it wrote, so that it is in the nearest cache, and threads
 have to meet as in a model; ids and masks; weights and caches."""
@@ -78,10 +95,26 @@ def cases(room: Room, *, quick: bool = False) -> Iterator[Case]:
     yield from _others(room)
 
 
+def mixtures(of: Sequence[Case]) -> tuple[Case, ...]:
+    """Layers as a model has them, of the ops of some cases in turn: an op among others takes longer than one that is
+    repeated, since branches and caches have not just seen it."""
+    by_name = {case.name: case for case in of}
+    return tuple(
+        Case(name, tuple(by_name[part].ops[i % 2] for i in range(_LAYERS) for part in parts))
+        for name, parts in MIXTURES.items()
+    )
+
+
 def chain_ops(room: Room, seconds: float) -> tuple[OpRecord, ...]:
     """Products that take roughly so long."""
     count = max(1, int(seconds / 10e-6))
-    return _product(room, DType.Q8_0, 512, 512, 1, False).ops[:count]
+    ops = _product(room, DType.Q8_0, 512, 512, 1, False).ops
+    return tuple(ops[i % len(ops)] for i in range(count))
+
+
+def brief_op(room: Room) -> OpRecord:
+    """An op that takes next to no time."""
+    return next(iter(_rowwise(room, 128, 1))).ops[0]
 
 
 def first_bytes(room: Room) -> Sequence[tuple[int, bytes]]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
-from statistics import median
+from statistics import fmean, median
 from typing import Final
 
 import numpy as np
@@ -64,6 +64,23 @@ def _non_negative(rows: NDArray[np.float64], seconds: NDArray[np.float64]) -> li
                 best, least = np.zeros(rows.shape[1]), error
                 best[list(chosen)] = found / scale[list(chosen)]
     return [float(x) for x in best]
+
+
+@dataclass(frozen=True, slots=True)
+class Mixed:
+    """`seconds` of ops of several kinds in one run, their weights in the cache."""
+
+    works: tuple[Work, ...]
+    seconds: float
+
+
+def among_others(costs: Mapping[str, Cost], mixed: Sequence[Mixed]) -> dict[str, Cost]:
+    """The costs with what each op takes longer among others than alone: the mean over the mixtures."""
+    longer = [
+        (mix.seconds - sum(costs[work.key].seconds(work) for work in mix.works)) / len(mix.works) for mix in mixed
+    ]
+    extra = max(0.0, fmean(longer)) if longer else 0.0
+    return {key: replace(cost, op_s=cost.op_s + extra) for key, cost in costs.items()}
 
 
 def errors(samples: Sequence[Sample], costs: Mapping[str, Cost]) -> dict[str, list[float]]:

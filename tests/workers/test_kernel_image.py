@@ -55,7 +55,10 @@ def test_a_damaged_image_is_none(path: Path, tmp_path: Path) -> None:
         (tmp_path / str(number)).write_bytes(data)
         with pytest.raises((ValueError, KeyError)):
             image.read(tmp_path / str(number))
-    assert image.read(path).entries.keys() == {kernel.key for kernel in KERNELS}
+    ours = {
+        kernel.key for kernel in KERNELS if not kernel.key.startswith("workers.kernels.ggml.")
+    }  # other tests' imports
+    assert image.read(path).entries.keys() == ours
     assert not image.loaded()
 
 
