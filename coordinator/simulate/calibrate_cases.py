@@ -40,7 +40,7 @@ MIXTURES: Final = {
     ),
 }  # fmt: skip
 """Layers of a small llama, by the names of cases."""
-_LAYERS: Final = 4
+_LAYERS: Final = 60
 
 _PING, _PONG, _AUX, WEIGHTS = 0, 4 << 20, 8 << 20, 12 << 20
 """Offsets in the arena: each op reads what the one before it wrote, so that it is in the nearest cache, and threads

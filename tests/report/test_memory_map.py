@@ -63,7 +63,6 @@ def test_no_two_tensors_hold_the_same_bytes_at_once(arguments: tuple[str, ...]) 
 
 @pytest.mark.parametrize("suffix", ["svg", "png"])
 def test_a_picture(tmp_path: Path, suffix: str) -> None:
-    pytest.importorskip("matplotlib")
     path = tmp_path / f"map.{suffix}"
     status, text = run_plan(DEMO, *DISCUSSION, "-q", "--memory-map", str(path))
     assert status == 0
@@ -80,7 +79,6 @@ def test_a_picture(tmp_path: Path, suffix: str) -> None:
     ],
 )
 def test_what_cannot_be_drawn(arguments: tuple[str, ...], error: type[Exception], message: str) -> None:
-    pytest.importorskip("matplotlib")
     with pytest.raises(error, match=message):
         run_plan(TINY, *arguments)
 
