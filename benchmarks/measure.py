@@ -126,7 +126,14 @@ def single(bench: str, name: str, samples: Sequence[float], unit: str, note: str
     """A row without a peer: median and quartiles of values that are in `unit` already."""
     low, high = quartiles(sorted(samples))
     spread = f"quartiles {_number(low)}-{_number(high)}, n={len(samples)}"
-    return Row(bench, name, statistics.median(samples), unit, samples=len(samples), note=f"{spread} {note}".strip())
+    return Row(
+        bench,
+        name,
+        statistics.median(samples),
+        unit,
+        samples=len(samples),
+        note=f"{spread}; {note}" if note else spread,
+    )
 
 
 def quartiles(ordered: Sequence[float]) -> tuple[float, float]:

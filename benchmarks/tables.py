@@ -41,7 +41,7 @@ def markdown(rows: Sequence[Json]) -> str:
         cpu = any(row["cpu_ratio"] is not None for row in chosen)
         header = [bench, "ours", "unit"] + (["peer", "ratio", "quartiles"] if pairs else ["note"])
         header += ["of CPU time"] if cpu else []
-        lines += ["", _line(header), _line(["---"] + ["---:"] * (len(header) - 1))]
+        lines += ["", _line(header), _line(["---" if name in (bench, "note") else "---:" for name in header])]
         for row in chosen:
             cells = [row["name"], number(row["ours"]), row["unit"]]
             if pairs:
@@ -63,6 +63,7 @@ def plot(path: Path, rows: Sequence[Json]) -> None:
     """Ratios with their quartiles, on a logarithmic axis; CPU time's as hollow marks."""
     importlib.import_module("matplotlib").use("agg")
     plt = importlib.import_module("matplotlib.pyplot")
+    plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "benchmarks"})
     chosen = [row for row in rows if row["ratio"] is not None][::-1]
     figure, axes = plt.subplots(figsize=(9, 1 + 0.17 * len(chosen)), layout="constrained")
     for i, row in enumerate(chosen):
@@ -79,7 +80,7 @@ def plot(path: Path, rows: Sequence[Json]) -> None:
     axes.set_yticks(range(len(chosen)), [row["name"] for row in chosen], fontsize=6)
     axes.set_ylim(-1, len(chosen))
     axes.set_title("peer's time over ours: median and quartiles; hollow: of CPU time", fontsize=9)
-    figure.savefig(path)
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ def check_plot(path: Path) -> None:
 def plot(path: Path, subject: Subject, points: Sequence[Point]) -> None:
     """One row of panels per test: rates on the left, shares of the time on the right. Raises InputError."""
     plt = _matplotlib()
+    plt.rcParams["svg.fonttype"] = "none"
     names = [test.name for test in points[0].tests]
     size = (11, 1.2 + len(names) * (0.9 + 0.22 * len(points)))
     figure, axes = plt.subplots(len(names), 2, figsize=size, squeeze=False, layout="constrained")

@@ -17,11 +17,11 @@ from coordinator.cli.calibrate_measure import (
     Progress,
     Raw,
     Steps,
-    fit_ops,
     fit_steps,
     measure_ops,
     measure_steps,
     middle_noise,
+    samples_of,
 )
 from coordinator.cli.calibrate_rig import Rig
 from coordinator.config import Topology, parse_workers
@@ -29,7 +29,7 @@ from coordinator.report.bench import machine
 from coordinator.report.text import notes, watched
 from coordinator.runtime.session import devices_of
 from coordinator.simulate.calibrate_cases import Room
-from coordinator.simulate.calibrate_fit import Sample, errors
+from coordinator.simulate.calibrate_fit import Sample, errors, fit_costs
 from coordinator.simulate.calibrate_write import Calibration, Link, network_text, system_text
 from coordinator.simulate.hardware import Cost
 from coordinator.simulate.work import OUTPUT
@@ -65,6 +65,7 @@ class Measured:
 
     samples: list[Sample]
     costs: dict[str, Cost]
+    host_costs: dict[str, Cost]
     noise: float
     shared: Steps
     messages: Steps
@@ -74,7 +75,7 @@ class Measured:
 
 def room_of() -> Room:
     """Memory for weights of ops that are to miss the cache."""
-    return Room(Rig.ARENA, 3 * cache_nbytes())
+    return Room(Rig.ARENA, 3 * cache_nbytes(), Rig.FILE)
 
 
 def measured(threads: int, effort: Effort, progress: Progress) -> Raw:
@@ -87,10 +88,11 @@ def measured(threads: int, effort: Effort, progress: Progress) -> Raw:
 
 def fitted(raw: Raw, threads: int, effort: Effort) -> Measured:
     """What follows from the samples."""
-    samples, costs = fit_ops(room_of(), effort, raw.ops)
+    samples = samples_of(room_of(), effort, raw.ops)
     shared, messages = fit_steps(raw.steps), fit_steps(raw.messages)
-    costs[OUTPUT] = Cost(byte_s=shared.output_byte_s)
-    return Measured(samples, costs, middle_noise(raw.ops), shared, messages, threads, cache_nbytes())
+    reply = {OUTPUT: Cost(byte_s=shared.output_byte_s)}
+    costs, host_costs = (fit_costs(samples, mapped=mapped) | reply for mapped in (False, True))
+    return Measured(samples, costs, host_costs, middle_noise(raw.ops), shared, messages, threads, cache_nbytes())
 
 
 def write(output: Path, topology: Topology, found: Measured) -> tuple[Path, Path, Path]:
@@ -124,7 +126,11 @@ def _calibration(found: Measured, about: Sequence[str]) -> Calibration:
     rate = max((s.work.read_nbytes + s.work.write_nbytes) / s.seconds for s in copies)
     flops = max(s.work.flops / s.seconds for s in found.samples if s.work.kind == "matmat")
     steps = found.shared
-    return Calibration(tuple(about), found.costs, steps.step_s, steps.split_s, found.cache, rate, flops)
+    step, further, split = steps.missed
+    return Calibration(
+        tuple(about), (found.costs, found.host_costs), steps.step_s, (further, step), (steps.split_s, split),
+        found.cache, rate, flops,
+    )  # fmt: skip
 
 
 def _about(found: Measured) -> tuple[str, ...]:

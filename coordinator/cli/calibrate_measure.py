@@ -9,18 +9,8 @@ from typing import Final
 
 from coordinator.cli.calibrate_rig import Loaded, Rig, Share
 from coordinator.config import Topology
-from coordinator.simulate.calibrate_cases import (
-    MIXTURES,
-    Case,
-    Room,
-    brief_op,
-    cases,
-    chain_ops,
-    first_bytes,
-    mixtures,
-)
-from coordinator.simulate.calibrate_fit import Mixed, Sample, among_others, fit_costs, line, low, noise
-from coordinator.simulate.hardware import Cost
+from coordinator.simulate.calibrate_cases import Room, brief_op, cases, chain_ops, first_bytes, sweep_ops
+from coordinator.simulate.calibrate_fit import Sample, line, low, noise
 from coordinator.simulate.work import work_of
 from protocol.messages import Port
 from protocol.program import Instruction, Kind
@@ -32,6 +22,10 @@ HOP_NBYTES: Final = (512, 64 << 10, 1 << 20, 8 << 20)
 OUTPUT_NBYTES: Final = (512, 64 << 10, 512 << 10)
 _HOPS_OF_A_SIZE: Final = 4
 _SPLIT: Final = "split"
+_AFTER: Final = "after a sweep"
+
+SWEEP_NBYTES: Final = 40 << 20
+"""A worker reads so much to drive everything else out of the cache."""
 
 Progress = Callable[[str], None]
 
@@ -54,12 +48,14 @@ class Steps:
     """What a step costs besides operations: seconds.
 
     `step_s` of a step with one worker, `further_s` for each further one, `split_s` of a run of ops, `hop_s` of a
-    transfer and `byte_s` of each of its bytes, `output_byte_s` of each byte that goes back to the coordinator.
+    transfer and `byte_s` of each of its bytes, `output_byte_s` of each byte that goes back to the coordinator. `missed`
+    are how much more a step, a further worker and a run of ops take when everything was driven out of the cache.
     """
 
     step_s: float
     further_s: float
     split_s: float
+    missed: tuple[float, float, float]
     hop_s: float
     byte_s: float
     output_byte_s: float
@@ -86,12 +82,13 @@ class Raw:
 
 
 def measure_ops(topology: Topology, room: Room, effort: Effort, progress: Progress) -> Samples:
-    """Every case, and mixtures of them, on one worker."""
+    """Every case on one worker."""
     alone = Topology(topology.workers[-1:])
     with Rig(alone, [room.nbytes]) as rig:
         for offset, data in first_bytes(room):
             rig.write(0, offset, data)
-        loaded = {case.name: rig.ship(case.name, {0: Share(case.ops)}) for case in all_cases(room, effort)}
+        rig.map_file(0, room.cold_nbytes)
+        loaded = {c.name: rig.ship(c.name, {0: Share(c.ops)}) for c in cases(room, quick=effort.quick)}
         seconds: Samples = {name: [] for name in loaded}
         for number in range(effort.op_rounds):
             progress(f"operations, round {number + 1} of {effort.op_rounds}")
@@ -100,41 +97,31 @@ def measure_ops(topology: Topology, room: Room, effort: Effort, progress: Progre
     return seconds
 
 
-def all_cases(room: Room, effort: Effort) -> tuple[Case, ...]:
-    """What is measured on one worker."""
-    single = tuple(cases(room, quick=effort.quick))
-    return *single, *mixtures(single)
-
-
-def fit_ops(room: Room, effort: Effort, seconds: Samples) -> tuple[list[Sample], dict[str, Cost]]:
-    """The samples of single ops, and the costs that follow; all ops cost more by what mixtures show."""
-    samples, mixed = [], []
-    for case in all_cases(room, effort):
-        took = low(seconds[case.name])
-        if case.name in MIXTURES:
-            mixed.append(Mixed(tuple(map(work_of, case.ops)), took))
-        else:
-            samples.append(Sample(work_of(case.ops[0]), took / len(case.ops), case.missed, case.name))
-    return samples, among_others(fit_costs(samples), mixed)
+def samples_of(room: Room, effort: Effort, seconds: Samples) -> list[Sample]:
+    """What one op of each case takes."""
+    return [
+        Sample(work_of(c.ops[0]), low(seconds[c.name]) / len(c.ops), c.missed, c.name, c.mapped)
+        for c in cases(room, quick=effort.quick)
+    ]
 
 
 def measure_steps(topology: Topology, effort: Effort, progress: Progress, plane: str | None = None) -> Samples:
     """Chains over one, two and three workers. `topology` has three, the host last."""
-    room = Room(Rig.ARENA, 1 << 20)
+    room = Room(Rig.ARENA, SWEEP_NBYTES)
     with Rig(topology, [room.nbytes] * 3, plane) as rig:
         for worker in range(3):
             for offset, data in first_bytes(room):
                 rig.write(worker, offset, data)
         programs = _programs(rig, room)
-        seconds: Samples = {name: [] for name in (*programs, _SPLIT)}
+        seconds: Samples = {name: [] for name in programs}
         for number in range(effort.step_rounds):
             if number % 10 == 0:
                 progress(f"steps, round {number + 1} of {effort.step_rounds}")
             for name, program in programs.items():
-                timed = program.timed()
-                seconds[name].append(timed.outside_s)
-                if name == "short":
-                    seconds[_SPLIT].append(timed.compute_s[0])
+                if name.startswith(_SPLIT):
+                    seconds[name].append(program.noted(0, 1))  # RECV, RUN
+                else:
+                    seconds[name].append(program.timed().outside_s)
     return seconds
 
 
@@ -146,7 +133,9 @@ def fit_steps(seconds: Samples) -> Steps:
     _, output_s = line([(nbytes, outside[f"output {nbytes}"]) for nbytes in OUTPUT_NBYTES])
     step_s = outside["alone"]
     further_s = max(0.0, (start - step_s + outside["three"] - 2 * hop_s - step_s) / 3)
-    return Steps(step_s, further_s, outside[_SPLIT], hop_s, byte_s, output_s, middle_noise(seconds))
+    step, further, split = (outside[f"{name} {_AFTER}"] - outside[name] for name in ("alone", "three", _SPLIT))
+    missed = (max(0.0, step), max(0.0, (further - step) / 2), max(0.0, split))
+    return Steps(step_s, further_s, outside[_SPLIT], missed, hop_s, byte_s, output_s, middle_noise(seconds))
 
 
 def middle_noise(seconds: Samples) -> float:
@@ -161,7 +150,13 @@ def _programs(rig: Rig, room: Room) -> dict[str, Loaded]:
     found = {
         "alone": rig.ship("alone", {2: busy}),
         "three": rig.ship("three", chain([busy, busy, busy], [2, 0, 1], HOP_NBYTES[0])),
-        "short": rig.ship("short", chain([busy, brief], [2, 0], HOP_NBYTES[0])),
+        _SPLIT: rig.ship(_SPLIT, chain([busy, brief], [2, 0], HOP_NBYTES[0]), "trace"),
+    }
+    sweep = Share(sweep_ops(room))
+    found |= {
+        f"alone {_AFTER}": rig.ship("alone", {2: sweep}),
+        f"three {_AFTER}": rig.ship("three", chain([sweep, sweep, sweep], [2, 0, 1], HOP_NBYTES[0])),
+        f"{_SPLIT} {_AFTER}": rig.ship(_SPLIT, chain([sweep, brief], [2, 0], HOP_NBYTES[0]), "trace"),
     }
     for hops in HOPS:
         order = [(2, 0)[i % 2] for i in range(hops + 1)]

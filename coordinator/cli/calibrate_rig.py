@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Final
 
@@ -13,11 +16,16 @@ import numpy as np
 
 from coordinator.config import Topology
 from coordinator.runtime.fleet import Fleet, FleetOptions
+from protocol import content
 from protocol import messages as m
+from protocol.errors import InputError
 from protocol.messages import PeerArena
 from protocol.program import NOWHERE, Instruction, Kind, OpRecord, pack_instructions, pack_ops
+from protocol.timing import unpack_times
+from protocol.wire import Envelope
 
 _WRITE_NBYTES: Final = 16 << 20
+_EDGE: Final = 4096
 _SMALL, _LARGE = 0x20, 0x40
 """Bytes from here to there are ordinary numbers in every type, F32, F16 and scales of blocks alike: neither NaN nor
 denormal, which some processors are slow at."""
@@ -44,6 +52,7 @@ class Rig:
     """
 
     ARENA: Final = 1
+    FILE: Final = 2
 
     def __init__(self, topology: Topology, nbytes: Sequence[int], plane: str | None = None) -> None:
         self.topology, self.sizes = topology, nbytes
@@ -77,18 +86,45 @@ class Rig:
         """Put bytes into a worker's arena."""
         self.fleet.request(worker, m.Write(self.ARENA, offset), (data,))
 
-    def ship(self, name: str, shares: Mapping[int, Share]) -> Loaded:
-        """Programs of one step on these workers. Raises CapacityError for an op without a kernel."""
+    def map_file(self, worker: int, nbytes: int) -> None:
+        """Map a file of ordinary numbers as arena FILE. Raises InputError when there is no room for it."""
+        rng = np.random.default_rng(nbytes)
+        try:
+            with tempfile.NamedTemporaryFile(dir=self.fleet.directory) as file:
+                for start in range(0, nbytes, _WRITE_NBYTES):
+                    file.write(rng.integers(_SMALL, _LARGE, min(_WRITE_NBYTES, nbytes - start), np.uint8).tobytes())
+                file.flush()
+                _forget_pages(file.fileno())
+                ranges = content.ranges_of(_EDGE, [])
+                with Path(file.name).open("rb") as again:
+                    data = np.memmap(again, np.uint8, mode="r")
+                    request = m.MapFile(self.FILE, file.name, nbytes, content.digest(data, ranges))
+                self.fleet.request(worker, request, (ranges.tobytes(),))
+        except OSError as error:
+            raise InputError(f"{self.fleet.directory}: {nbytes:,} bytes for weights: {error.strerror}") from None
+
+    def ship(self, name: str, shares: Mapping[int, Share], timing: str = "") -> Loaded:
+        """Programs of one step on these workers, timed as `timing` says (protocol.timing).
+
+        Raises CapacityError for an op without a kernel.
+        """
         number = next(self.fleet.program_numbers)
         transfers = [i.transfer for share in shares.values() for i in share.program if i.kind is Kind.SEND]
         for worker, share in shares.items():
             received = {i.peer for i in share.program if i.kind is Kind.RECV and i.src[0] != NOWHERE}
             peers = tuple(self._arenas[peer] for peer in sorted(received))
-            message = m.ProgramMessage(number, name, len(transfers), (), share.outputs, (), peers, False)
+            message = m.ProgramMessage(number, name, len(transfers), (), share.outputs, (), peers, False, timing)
             tables = (pack_ops(share.ops).tobytes(), pack_instructions(share.program).tobytes())
             self.fleet.send(worker, message, tables)
         self.fleet.gather(list(shares))
         return Loaded(self, number, tuple(shares))
+
+
+def _forget_pages(file: int) -> None:
+    """Have the file read back from disk as a model is: pages that were written lie closer together in memory."""
+    os.fsync(file)
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,25 +174,26 @@ class Loaded:
     number: int
     workers: tuple[int, ...]
 
-    def run(self) -> dict[int, m.Done]:
-        """One step; what each worker says of it."""
+    def run(self) -> dict[int, Envelope]:
+        """One step; what each worker says of it (Done)."""
         fleet = self.rig.fleet
         step = next(fleet.step_numbers)
         for worker in self.workers:
             fleet.send(worker, m.Step(self.number, step))
-        done: dict[int, m.Done] = {}
-        for worker, envelope in fleet.gather(self.workers).items():
-            assert isinstance(envelope.message, m.Done)
-            done[worker] = envelope.message
-        return done
+        return dict(fleet.gather(self.workers))
+
+    def noted(self, worker: int, number: int) -> float:
+        """One step of a program with timing "trace": how many seconds a worker was at one of its instructions."""
+        row = unpack_times(self.run()[worker].buffers[-1])[number]
+        return (row.end_ns - row.start_ns) * 1e-9
 
     def timed(self) -> Timed:
         """One step: its wall time, and how long each worker computed."""
         watch = ProcessorTime(self.rig.fleet)
         start = time.perf_counter()
-        done = self.run()
+        answers = self.run()
         wall_s = time.perf_counter() - start
-        return watch.timed(wall_s, {worker: message.compute_ns * 1e-9 for worker, message in done.items()})
+        return watch.timed(wall_s, {worker: answer.message.compute_ns * 1e-9 for worker, answer in answers.items()})
 
     def forget(self) -> None:
         """The workers drop it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from coordinator.simulate.work import work_of
@@ -25,23 +25,6 @@ MATRICES: Final = ((256, 256, 16), (512, 512, 64), (1536, 576, 32), (512, 1536, 
 ATTENTION: Final = ((32, 4, 2, 40), (32, 4, 2, 256), (64, 9, 3, 256), (64, 9, 3, 1024), (128, 16, 4, 512))
 """Head size, heads, heads of the cache, positions."""
 
-MIXTURES: Final = {
-    "layers of 128": (
-        "RMS_NORM [128, 1]", "MUL [128, 1]", "q8_0 [128, 64] x 1", "ROPE [32, 4, 1]", "q8_0 [128, 64] x 1",
-        "ROPE [32, 2, 1]", "q8_0 [128, 64] x 1", "SET_ROWS [64, 1]", "SET_ROWS [64, 1]",
-        "f16 4/2 heads of 32, 1 x 256", "q8_0 [256, 64] x 1", "ADD [128, 1]", "RMS_NORM [128, 1]", "MUL [128, 1]",
-        "q8_0 [256, 256] x 1", "q8_0 [128, 512] x 1", "GLU [128, 1]", "q8_0 [256, 64] x 1", "ADD [128, 1]",
-    ),
-    "layers of 576": (
-        "RMS_NORM [576, 1]", "MUL [576, 1]", "q8_0 [512, 512] x 1", "ROPE [64, 9, 1]", "q8_0 [128, 512] x 1",
-        "ROPE [64, 3, 1]", "q8_0 [128, 512] x 1", "SET_ROWS [192, 1]", "SET_ROWS [192, 1]",
-        "f16 9/3 heads of 64, 1 x 256", "q8_0 [512, 512] x 1", "ADD [576, 1]", "RMS_NORM [576, 1]", "MUL [576, 1]",
-        "q8_0 [512, 1536] x 1", "q8_0 [512, 1536] x 1", "GLU [2048, 1]", "q8_0 [1536, 576] x 1", "ADD [576, 1]",
-    ),
-}  # fmt: skip
-"""Layers of a small llama, by the names of cases."""
-_LAYERS: Final = 60
-
 _PING, _PONG, _AUX, WEIGHTS = 0, 4 << 20, 8 << 20, 12 << 20
 """Offsets in the arena: each op reads what the one before it wrote, so that it is in the nearest cache, and threads
 have to meet as in a model; ids and masks; weights and caches."""
@@ -55,11 +38,13 @@ _ALIGNMENT: Final = 64
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """Ops that are measured as one run. `missed`: they read more weights than the cache holds."""
+    """Ops that are measured as one run. `missed`: they read more weights than the cache holds, `mapped`: where a file
+    is mapped, as the host does."""
 
     name: str
     ops: tuple[OpRecord, ...]
     missed: bool = False
+    mapped: bool = False
 
     @property
     def key(self) -> str:
@@ -69,10 +54,12 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """Memory for weights: bytes of them that surely are more than the cache, and the number of the arena."""
+    """Memory for weights: bytes of them that surely are more than the cache, the arena's number, and that of a mapped
+    file of `cold_nbytes`."""
 
     arena: int
     cold_nbytes: int
+    file: int = -1
 
     @property
     def nbytes(self) -> int:
@@ -95,21 +82,14 @@ def cases(room: Room, *, quick: bool = False) -> Iterator[Case]:
     yield from _others(room)
 
 
-def mixtures(of: Sequence[Case]) -> tuple[Case, ...]:
-    """Layers as a model has them, of the ops of some cases in turn: an op among others takes longer than one that is
-    repeated, since branches and caches have not just seen it."""
-    by_name = {case.name: case for case in of}
-    return tuple(
-        Case(name, tuple(by_name[part].ops[i % 2] for i in range(_LAYERS) for part in parts))
-        for name, parts in MIXTURES.items()
-    )
-
-
 def chain_ops(room: Room, seconds: float) -> tuple[OpRecord, ...]:
-    """Products that take roughly so long."""
-    count = max(1, int(seconds / 10e-6))
-    ops = _product(room, DType.Q8_0, 512, 512, 1, False).ops
-    return tuple(ops[i % len(ops)] for i in range(count))
+    """Products that take roughly so long, with weights in the cache."""
+    return _product(room, DType.Q8_0, (512, 512, 1), max(1, int(seconds / 10e-6))).ops
+
+
+def sweep_ops(room: Room) -> tuple[OpRecord, ...]:
+    """Products that read all of the room's weights, and leave nothing else in the cache."""
+    return _product(room, DType.Q8_0, (2048, 1024, 1), missed=True).ops
 
 
 def brief_op(room: Room) -> OpRecord:
@@ -129,26 +109,36 @@ def _chain(name: str, count: int, make: Callable[[int, int, int], OpRecord], mis
 
 
 def _products(room: Room, dtype: DType) -> Iterator[Case]:
-    shapes = [(k, n, 1, False) for k, n in VECTORS] + [(512, 512, 4, False)]
-    shapes += [(k, n, 1, True) for k, n in VECTORS[2:]] + [(k, n, m, False) for k, n, m in MATRICES]
+    shapes = [(k, n, 1) for k, n in VECTORS] + [(512, 512, 4), *MATRICES]
     if dtype.block <= 32:
-        shapes += [(128, 64, 1, False), (128, 512, 1, False), (128, 256, 16, False)]
-    for k, n, m, cold in shapes:
-        yield _product(room, dtype, k, n, m, cold)
+        shapes += [(128, 64, 1), (128, 512, 1), (128, 256, 16)]
+    for k, n, m in shapes:
+        count = _count(3e-7 + k * n * m / (1.2e11 if m > 8 else 3e10))
+        yield _product(room, dtype, (k, n, m), count)
+    for k, n in VECTORS[2:]:
+        yield _product(room, dtype, (k, n, 1), missed=True)
+        if room.file >= 0:
+            yield _product(room, dtype, (k, n, 1), missed=True, mapped=True)
 
 
-def _product(room: Room, dtype: DType, k: int, n: int, m: int, cold: bool) -> Case:
+def _product(
+    room: Room, dtype: DType, shape: tuple[int, int, int], count: int = 0, *, missed: bool = False, mapped: bool = False
+) -> Case:
+    """`count` products [k, n] x m, or one with each of the matrices that fit where the cache has no room for them."""
+    k, n, m = shape
     size = -(-dtype.row_nbytes(k) * n // _ALIGNMENT) * _ALIGNMENT
-    slots = max(1, (room.cold_nbytes if cold else HOT_NBYTES) // size)
+    slots = max(1, (room.cold_nbytes if missed else HOT_NBYTES) // size)
 
     def make(i: int, x: int, y: int) -> OpRecord:
-        weights = room.operand(WEIGHTS + i % slots * size, dtype, k, n)
-        return OpRecord(
-            i, Op.MUL_MAT, (), room.operand(y, DType.F32, n, m), (weights, room.operand(x, DType.F32, k, m))
-        )
+        weights = room.operand(i % slots * size + (0 if mapped else WEIGHTS), dtype, k, n)
+        if mapped:
+            weights = replace(weights, arena=room.file)
+        out, columns = room.operand(y, DType.F32, n, m), room.operand(x, DType.F32, k, m)
+        return OpRecord(i, Op.MUL_MAT, (), out, (weights, columns))
 
-    count = min(slots, 2000) if cold else _count(3e-7 + k * n * m / (1.2e11 if m > 8 else 3e10))
-    return _chain(f"{dtype.label} [{k}, {n}] x {m}{' from memory' if cold else ''}", count, make, cold)
+    where = " from a file" if mapped else " from memory" if missed else ""
+    ops = _chain("", min(slots, 2000) if missed else count, make).ops
+    return Case(f"{dtype.label} [{k}, {n}] x {m}{where}", ops, missed, mapped)
 
 
 def _attention(room: Room, dtype: DType) -> Iterator[Case]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import combinations
-from statistics import fmean, median
+from statistics import median
 from typing import Final
 
 import numpy as np
@@ -18,18 +18,24 @@ _TERMS: Final = ("op_s", "weight_s", "missed_s", "byte_s", "flop_s")
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """`seconds` of one op of this work. `missed`: its weights came from memory, not out of the cache."""
+    """`seconds` of one op of this work. `missed`: its weights came from memory, not out of the cache; `mapped`: from
+    where a file is mapped."""
 
     work: Work
     seconds: float
     missed: bool = False
     name: str = ""
+    mapped: bool = False
 
 
-def fit_costs(samples: Sequence[Sample]) -> dict[str, Cost]:
-    """The cost of every kind of op that was measured, by `Work.key`."""
+def fit_costs(samples: Sequence[Sample], *, mapped: bool = False) -> dict[str, Cost]:
+    """The cost of every kind of op that was measured, by `Work.key`, with weights that come from memory of the worker's
+    own, or from a mapped file."""
+    files = {sample.work.key for sample in samples if sample.mapped} if mapped else set()
     by_key: dict[str, list[Sample]] = {}
     for sample in samples:
+        if sample.missed and sample.mapped != (sample.work.key in files):
+            continue
         by_key.setdefault(sample.work.key, []).append(sample)
     return {key: fit_cost(found) for key, found in sorted(by_key.items())}
 
@@ -66,27 +72,12 @@ def _non_negative(rows: NDArray[np.float64], seconds: NDArray[np.float64]) -> li
     return [float(x) for x in best]
 
 
-@dataclass(frozen=True, slots=True)
-class Mixed:
-    """`seconds` of ops of several kinds in one run, their weights in the cache."""
-
-    works: tuple[Work, ...]
-    seconds: float
-
-
-def among_others(costs: Mapping[str, Cost], mixed: Sequence[Mixed]) -> dict[str, Cost]:
-    """The costs with what each op takes longer among others than alone: the mean over the mixtures."""
-    longer = [
-        (mix.seconds - sum(costs[work.key].seconds(work) for work in mix.works)) / len(mix.works) for mix in mixed
-    ]
-    extra = max(0.0, fmean(longer)) if longer else 0.0
-    return {key: replace(cost, op_s=cost.op_s + extra) for key, cost in costs.items()}
-
-
 def errors(samples: Sequence[Sample], costs: Mapping[str, Cost]) -> dict[str, list[float]]:
-    """Relative errors of the fitted costs on their own samples, by key."""
+    """Relative errors of the fitted costs on their own samples (but for mapped files), by key."""
     found: dict[str, list[float]] = {}
     for sample in samples:
+        if sample.mapped:
+            continue
         cost = costs[sample.work.key]
         predicted = cost.seconds(sample.work, 1.0 if sample.missed else 0.0)
         found.setdefault(sample.work.key, []).append(predicted / sample.seconds - 1.0)

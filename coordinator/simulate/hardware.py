@@ -90,8 +90,9 @@ class DeviceModel:
     - `sources`: where each number comes from, by the name it has in a file.
     - `costs`: measured ops (crossdock calibrate) by `Work.key`, or by what is before its dot; they replace the law.
     - `cache_nbytes`: the last-level cache, which all devices that have one share (workers on one chip).
-    - `split_s`: overhead of each run of ops in a split. `accelerator`: the scheduler takes a device of class cpu for
-      one, as it does the accelerators that crossdock's own workers are.
+    - `split_s`: overhead of each run of ops in a split. `split_missed_s` and `step_missed_s`: how much more a run of
+      ops and an evaluation cost when weights drove everything else out of the cache.
+    - `accelerator`: the scheduler takes a device of class cpu for one, as it does crossdock's own workers.
     """
 
     name: str
@@ -113,7 +114,9 @@ class DeviceModel:
     sources: Mapping[str, str] = field(default_factory=_none)
     costs: Mapping[str, Cost] = field(default_factory=_none)
     cache_nbytes: int = 0
+    step_missed_s: float = 0.0
     split_s: float = 0.0
+    split_missed_s: float = 0.0
     accelerator: bool = False
 
     def seconds(self, work: Work, missed: float = 0.0) -> float:

@@ -95,15 +95,18 @@ class _Timing:
 
     def _worker(self, worker: int) -> list[Act]:
         model, program = self.models[worker], self.lowered.programs[worker]
+        missed = model.missed(self.footprint)
+        split_s = model.split_s + missed * model.split_missed_s
         acts: list[Act] = []
         if program.instructions and model.step_s:
-            acts.append(Act(Do.RUN, model.step_s, -1, 0))
+            more = missed * model.step_missed_s if worker == self.host else 0.0
+            acts.append(Act(Do.RUN, model.step_s + more, -1, 0))
         for item in program.instructions:
             if item.kind is Kind.TAP:
                 continue
             if item.kind is Kind.RUN:
                 ops = program.ops[item.first : item.last]
-                seconds = model.split_s + sum(self._seconds(worker, work_of(op, self.streams)) for op in ops)
+                seconds = split_s + sum(self._seconds(worker, work_of(op, self.streams)) for op in ops)
                 acts.append(Act(Do.RUN, seconds, -1, item.split))
             elif item.kind is Kind.COPY:
                 acts.append(Act(Do.COPY, self._seconds(worker, copy_work(item.nbytes)), -1, item.split))
@@ -142,20 +145,23 @@ class _Timing:
         return self.known[key]
 
     def _charge(self, worker: int) -> None:
-        """A link's fixed cost, once per evaluation: it goes with what a device receives before its first operation.
+        """A link's fixed cost, and what an emptied cache adds, once per evaluation: it goes with what a device receives
+        before its first operation.
 
         A device that takes all of that at once pays on each transfer, so that the last to come is late, whichever that
         is; one that takes them in turn pays on the last.
         """
         first: list[int] = []
+        model = self.models[worker]
+        late = model.missed(self.footprint) * model.step_missed_s
         for item in self.lowered.programs[worker].instructions:
             if item.kind is Kind.RUN and first:
                 break
-            if item.kind is Kind.RECV and self.fabric.routes[self.hops[item.transfer].route].fixed_s:
+            if item.kind is Kind.RECV and (late or self.fabric.routes[self.hops[item.transfer].route].fixed_s):
                 first.append(item.transfer)
-        for transfer in first if self.models[worker].async_copies else first[-1:]:
+        for transfer in first if model.async_copies else first[-1:]:
             hop = self.hops[transfer]
-            self.hops[transfer] = hop._replace(extra_s=self.fabric.routes[hop.route].fixed_s)
+            self.hops[transfer] = hop._replace(extra_s=self.fabric.routes[hop.route].fixed_s + late)
 
     def _route(self, source: int, target: int) -> int:
         target = self.host if target < 0 else target

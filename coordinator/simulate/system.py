@@ -38,7 +38,8 @@ def load_system(path: Path) -> System:
     the builds, `flash_attention` whether it is used. Everything that follows from the class can be said instead:
     memory, bandwidth_gbs, rates_tflops by family, efficiency by kind or kind.type, gweights_per_s by type or family,
     attention_tflops, launch_us, step_us, alignment, max_buffer, unsupported_ops, unsupported_types, async_copies; and
-    what `crossdock calibrate` writes: costs, cache, split_us, accelerator. `source` says where numbers come from.
+    what `crossdock calibrate` writes: costs, cache, split_us, split_missed_us, step_missed_us,
+    accelerator. `source` says where numbers come from.
     Raises UsageError naming file, table, key, what was expected and found.
     """
     document = read_toml(path)
@@ -85,6 +86,8 @@ def _read_device(name: str, table: Table, where: str, year: float, flash: bool) 
         sources=dict(base.sources) | sources,
         costs=_costs(table, where),
         cache_nbytes=table.size("cache", base.cache_nbytes),
+        step_missed_s=table.number("step_missed_us", base.step_missed_s * 1e6, high=1e9) * 1e-6,
+        split_missed_s=table.number("split_missed_us", base.split_missed_s * 1e6, high=1e9) * 1e-6,
         split_s=table.number("split_us", base.split_s * 1e6, high=1e9) * 1e-6,
         accelerator=table.flag("accelerator", base.accelerator),
     )
