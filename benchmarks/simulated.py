@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,17 +10,24 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks.measure import Row, quartiles
-from benchmarks.process import opened
-from coordinator.cli.calibrate import fitted, measured, write
+from benchmarks.models import model_file
+from benchmarks.rivals import tokens
+from coordinator.cli.calibrate import Measured, fitted, measured, write
 from coordinator.cli.calibrate_measure import Effort, Raw
 from coordinator.cli.calibrate_rig import ProcessorTime, Timed
+from coordinator.cli.options import DEMO_IMAGE
 from coordinator.cli.simulate_model import machine_of
 from coordinator.config import parse_workers
+from coordinator.model.gguf_file import open_model
+from coordinator.model.image import load_image, preprocess
+from coordinator.model.params import read_params
 from coordinator.runtime.evaluate import Evaluator, Shipped
 from coordinator.runtime.fleet import Fleet, FleetOptions
-from coordinator.runtime.session import Session
+from coordinator.runtime.generate import Prompt, Timings, encode_images
+from coordinator.runtime.session import Session, SessionOptions
 from coordinator.runtime.stopwatch import Stopwatch
 from coordinator.schedule.lower import Lowered
+from coordinator.schedule.placement import PlacementOptions
 from coordinator.simulate.calibrate_fit import low
 from coordinator.simulate.engine import simulate
 from coordinator.simulate.lowered import time_program
@@ -34,6 +42,8 @@ LAYERS = {"demo": (0, 1, 2, 3, 4, 5, 6), "smollm2-q4_1": (0, 1, 8, 15, 22, 30, 3
 DEPTH = 250
 """Of 256 positions that are read, so many hold something: what is masked is left out by the kernels, not by the law."""
 SPLIT_WITHIN, STEP_WITHIN = 0.20, 0.10
+LONG_S = 20e-6
+"""Shorter runs of ops, an embedding or the last norm, are Python and sleep rather than kernels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,29 +87,38 @@ def rows(quick: bool) -> Iterator[Row]:
     """A row for each placement, then the shares that are close enough.
 
     How much of the memory's bandwidth neighbours leave changes from minute to minute: calibration and placements are
-    measured in turns, several times over, and compared only then.
+    measured in turns, several times over, and compared only then. Models are copied first: where the pages of a file
+    lie in memory depends on how it came there, and some files were a third slower to read than a copy of them.
     """
     effort = Effort(8, 30, quick=True) if quick else Effort(16, 60, quick=True)
     raw, seen = Raw({}, {}, {}), {placement: Seen() for placement in _placements(quick)}
-    for _ in range(2 if quick else 5):
-        raw.add(measured(1, effort, lambda _: None))
-        for placement, found in seen.items():
-            _measure(placement, found, 16 if quick else 30)
+    with tempfile.TemporaryDirectory() as folder:
+        files = {name: Path(shutil.copy(model_file(name), f"{folder}/{name}.gguf")) for name in LAYERS}
+        for _ in range(2 if quick else 5):
+            raw.add(measured(1, effort, lambda _: None))
+            for placement, found in seen.items():
+                _measure(placement, files[placement.model], found, 16 if quick else 30)
     calibration = fitted(raw, 1, effort)
     yield Row("simulated", "noise of operations while calibrating", 100 * calibration.noise, "%")
     yield Row("simulated", "noise of steps while calibrating", 100 * calibration.shared.noise, "%")
     splits: list[Pair] = []
     steps: list[Pair] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for placement, found in seen.items():
-            topology = parse_workers(placement.workers, 1)
-            system, network, _ = write(Path(folder) / "machine.toml", topology, calibration)
-            step, parts = _compare(placement, found, machine_of(str(system), str(network)))
-            steps.append(step)
-            splits += parts
-            yield _row(step, parts, low(found.outside))
+    for placement, found in seen.items():
+        step, parts = _compare(placement, found, _machine(placement, calibration))
+        steps.append(step)
+        splits += parts
+        yield _row(step, parts, low(found.outside))
     yield _share(f"decode steps within {STEP_WITHIN:.0%}", steps, STEP_WITHIN)
     yield _share(f"splits within {SPLIT_WITHIN:.0%}", splits, SPLIT_WITHIN)
+    longer = [pair for pair in splits if pair.real >= LONG_S]
+    yield _share(f"splits of {LONG_S * 1e6:.0f} us or more within {SPLIT_WITHIN:.0%}", longer, SPLIT_WITHIN)
+
+
+def _machine(placement: Placement, calibration: Measured) -> Machine:
+    """The machine as the files say that `crossdock calibrate` writes."""
+    with tempfile.TemporaryDirectory() as folder:
+        system, network, _ = write(Path(folder) / "machine.toml", parse_workers(placement.workers, 1), calibration)
+        return machine_of(str(system), str(network))
 
 
 def _placements(quick: bool) -> Iterator[Placement]:
@@ -110,12 +129,12 @@ def _placements(quick: bool) -> Iterator[Placement]:
             yield from (Placement(model, workers, n) for n in (chosen[1::2] if quick else chosen))
 
 
-def _measure(placement: Placement, seen: Seen, rounds: int) -> None:
+def _measure(placement: Placement, file: Path, seen: Seen, rounds: int) -> None:
     """Whole steps, and in between steps in which workers note when each run of ops began and ended."""
     alone = placement.workers == WORKERS[0]
     with Fleet(parse_workers(placement.workers, 1), FleetOptions()) as fleet:
-        layers, n_images = None if alone else placement.layers, int(placement.model == "demo")
-        session = opened(fleet, placement.model, placement.workers, layers, n_images)
+        layers = None if alone else placement.layers
+        session = _opened(fleet, placement, file, layers)
         while session.n_past < DEPTH:
             session.evaluate([5] * min(64, DEPTH - session.n_past))
         plain, watch = session.evaluator, Stopwatch(keep=True)
@@ -128,6 +147,23 @@ def _measure(placement: Placement, seen: Seen, rounds: int) -> None:
             compute = _decode(session)[0].compute_s
             session.evaluator = plain
             _note(session, shipped, seen, compute, watch.taken.pop().times)
+
+
+def _opened(fleet: Fleet, placement: Placement, file: Path, layers: int | None) -> Session:
+    """A started session, with an image encoded where the model takes one."""
+    model = open_model(file)
+    params = read_params(model)
+    fleet.start()
+    options = SessionOptions(PlacementOptions(layers), n_ctx=512)
+    session = Session(model, params, parse_workers(placement.workers, 1), options, n_images=int(bool(params.vision)))
+    fleet.handshake()
+    session.open(fleet)
+    if params.vision is not None:
+        assert params.image_token is not None
+        ids = (params.image_token, *tokens(15, params.text.n_vocab))
+        encode_images(session, Prompt(ids, (preprocess(load_image(DEMO_IMAGE), params.vision),)), Timings())
+        session.evaluate(ids)
+    return session
 
 
 def _note(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import time
-from collections.abc import Callable
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -12,6 +10,7 @@ import numpy as np
 
 from protocol import sharedmem
 from protocol.features import has
+from protocol.futex import Futex
 from protocol.limits import MAX_TRANSFERS, MAX_WORKERS
 
 _LINE = 16  # words of 32 bits: one cache line
@@ -23,11 +22,6 @@ NBYTES = _WORDS * 4
 
 _SPINS = 200
 _NAP_S = 0.05
-_SYS_FUTEX, _FUTEX_WAIT, _FUTEX_WAKE = 202, 0, 1
-
-
-class _Timespec(ctypes.Structure):
-    _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
 
 
 class State(IntEnum):
@@ -59,7 +53,7 @@ class Board:
         self._words = segment.view[:NBYTES].view(np.uint32)
         self._cells = self._words.data
         self._address = int(self._words.ctypes.data)
-        self._futex = _futex_call() if has("futex") else None
+        self._futex = Futex() if has("futex") else None
 
     @classmethod
     def create(cls, directory: str) -> Board:
@@ -134,7 +128,7 @@ class Board:
     def _post(self, word: int, step: int) -> None:
         self._cells[word] = step & 0xFFFFFFFF
         if self._futex is not None:
-            self._futex(_SYS_FUTEX, self._address + 4 * word, _FUTEX_WAKE, 0x7FFFFFFF, None, None, 0)
+            self._futex.wake(self._address + 4 * word)
 
     def _wait(self, word: int, step: int) -> None:
         cells, want = self._cells, step & 0xFFFFFFFF
@@ -142,20 +136,9 @@ class Board:
             if cells[word] == want:
                 return
         nap = 20e-6
-        timeout = _Timespec(0, int(_NAP_S * 1e9))
         while (seen := cells[word]) != want:
             if self._futex is not None:
-                self._futex(_SYS_FUTEX, self._address + 4 * word, _FUTEX_WAIT, seen, ctypes.byref(timeout), None, 0)
+                self._futex.wait(self._address + 4 * word, seen, _NAP_S)
             else:
                 time.sleep(nap)
                 nap = min(nap * 1.5, 1e-3)
-
-
-def _futex_call() -> Callable[..., int]:
-    libc = ctypes.CDLL(None, use_errno=True)
-    call = libc.syscall
-    call.restype = ctypes.c_long
-    call.argtypes = (
-        ctypes.c_long, ctypes.c_void_p, ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long,
-    )  # fmt: skip
-    return call

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import threading
-from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 
-_SYS_FUTEX, _FUTEX_WAIT, _FUTEX_WAKE = 202, 0, 1
-_EVERYBODY = 0x7FFFFFFF
-
-
-class _Timespec(ctypes.Structure):
-    _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
+from protocol.futex import Futex
 
 
 class Doorbells:
@@ -27,7 +20,7 @@ class Doorbells:
     def __init__(self, words: npt.NDArray[np.uint32]) -> None:
         self.cells = words.data
         self._address = int(words.ctypes.data)
-        self._futex = _futex_call()
+        self._futex = Futex()
         self._fence = threading.Lock()
 
     def ring(self, word: int, value: int) -> None:
@@ -39,7 +32,7 @@ class Doorbells:
         self._fence.acquire(blocking=False)
         self._fence.release()
         if cells[word + 1]:
-            self._futex(_SYS_FUTEX, self._address + 4 * word, _FUTEX_WAKE, _EVERYBODY, None, None, 0)
+            self._futex.wake(self._address + 4 * word)
 
     def wait(self, word: int, seen: int, spins: int, timeout_s: float) -> bool:
         """Until the value is not `seen` any more, at most about that long; False when it still is.
@@ -51,17 +44,6 @@ class Doorbells:
             if cells[word] != seen:
                 return True
         cells[word + 1] = 1
-        timeout = _Timespec(int(timeout_s), int(timeout_s % 1 * 1e9))
-        self._futex(_SYS_FUTEX, self._address + 4 * word, _FUTEX_WAIT, seen, ctypes.byref(timeout), None, 0)
+        self._futex.wait(self._address + 4 * word, seen, timeout_s)
         cells[word + 1] = 0
         return cells[word] != seen
-
-
-def _futex_call() -> Callable[..., int]:
-    libc = ctypes.CDLL(None, use_errno=True)
-    call = libc.syscall
-    call.restype = ctypes.c_long
-    call.argtypes = (
-        ctypes.c_long, ctypes.c_void_p, ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long,
-    )  # fmt: skip
-    return call

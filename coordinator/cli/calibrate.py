@@ -65,7 +65,6 @@ class Measured:
 
     samples: list[Sample]
     costs: dict[str, Cost]
-    host_costs: dict[str, Cost]
     noise: float
     shared: Steps
     messages: Steps
@@ -75,7 +74,7 @@ class Measured:
 
 def room_of() -> Room:
     """Memory for weights of ops that are to miss the cache."""
-    return Room(Rig.ARENA, 3 * cache_nbytes(), Rig.FILE)
+    return Room(Rig.ARENA, 3 * cache_nbytes())
 
 
 def measured(threads: int, effort: Effort, progress: Progress) -> Raw:
@@ -90,9 +89,8 @@ def fitted(raw: Raw, threads: int, effort: Effort) -> Measured:
     """What follows from the samples."""
     samples = samples_of(room_of(), effort, raw.ops)
     shared, messages = fit_steps(raw.steps), fit_steps(raw.messages)
-    reply = {OUTPUT: Cost(byte_s=shared.output_byte_s)}
-    costs, host_costs = (fit_costs(samples, mapped=mapped) | reply for mapped in (False, True))
-    return Measured(samples, costs, host_costs, middle_noise(raw.ops), shared, messages, threads, cache_nbytes())
+    costs = fit_costs(samples) | {OUTPUT: Cost(byte_s=shared.output_byte_s)}
+    return Measured(samples, costs, middle_noise(raw.ops), shared, messages, threads, cache_nbytes())
 
 
 def write(output: Path, topology: Topology, found: Measured) -> tuple[Path, Path, Path]:
@@ -128,7 +126,7 @@ def _calibration(found: Measured, about: Sequence[str]) -> Calibration:
     steps = found.shared
     step, further, split = steps.missed
     return Calibration(
-        tuple(about), (found.costs, found.host_costs), steps.step_s, (further, step), (steps.split_s, split),
+        tuple(about), found.costs, steps.step_s, (further, step), (steps.split_s, split),
         found.cache, rate, flops,
     )  # fmt: skip
 

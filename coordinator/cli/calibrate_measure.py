@@ -87,7 +87,6 @@ def measure_ops(topology: Topology, room: Room, effort: Effort, progress: Progre
     with Rig(alone, [room.nbytes]) as rig:
         for offset, data in first_bytes(room):
             rig.write(0, offset, data)
-        rig.map_file(0, room.cold_nbytes)
         loaded = {c.name: rig.ship(c.name, {0: Share(c.ops)}) for c in cases(room, quick=effort.quick)}
         seconds: Samples = {name: [] for name in loaded}
         for number in range(effort.op_rounds):
@@ -100,7 +99,7 @@ def measure_ops(topology: Topology, room: Room, effort: Effort, progress: Progre
 def samples_of(room: Room, effort: Effort, seconds: Samples) -> list[Sample]:
     """What one op of each case takes."""
     return [
-        Sample(work_of(c.ops[0]), low(seconds[c.name]) / len(c.ops), c.missed, c.name, c.mapped)
+        Sample(work_of(c.ops[0]), low(seconds[c.name]) / len(c.ops), c.missed, c.name)
         for c in cases(room, quick=effort.quick)
     ]
 

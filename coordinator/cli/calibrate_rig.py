@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Final
 
@@ -16,16 +13,13 @@ import numpy as np
 
 from coordinator.config import Topology
 from coordinator.runtime.fleet import Fleet, FleetOptions
-from protocol import content
 from protocol import messages as m
-from protocol.errors import InputError
 from protocol.messages import PeerArena
 from protocol.program import NOWHERE, Instruction, Kind, OpRecord, pack_instructions, pack_ops
 from protocol.timing import unpack_times
 from protocol.wire import Envelope
 
 _WRITE_NBYTES: Final = 16 << 20
-_EDGE: Final = 4096
 _SMALL, _LARGE = 0x20, 0x40
 """Bytes from here to there are ordinary numbers in every type, F32, F16 and scales of blocks alike: neither NaN nor
 denormal, which some processors are slow at."""
@@ -52,7 +46,6 @@ class Rig:
     """
 
     ARENA: Final = 1
-    FILE: Final = 2
 
     def __init__(self, topology: Topology, nbytes: Sequence[int], plane: str | None = None) -> None:
         self.topology, self.sizes = topology, nbytes
@@ -86,23 +79,6 @@ class Rig:
         """Put bytes into a worker's arena."""
         self.fleet.request(worker, m.Write(self.ARENA, offset), (data,))
 
-    def map_file(self, worker: int, nbytes: int) -> None:
-        """Map a file of ordinary numbers as arena FILE. Raises InputError when there is no room for it."""
-        rng = np.random.default_rng(nbytes)
-        try:
-            with tempfile.NamedTemporaryFile(dir=self.fleet.directory) as file:
-                for start in range(0, nbytes, _WRITE_NBYTES):
-                    file.write(rng.integers(_SMALL, _LARGE, min(_WRITE_NBYTES, nbytes - start), np.uint8).tobytes())
-                file.flush()
-                _forget_pages(file.fileno())
-                ranges = content.ranges_of(_EDGE, [])
-                with Path(file.name).open("rb") as again:
-                    data = np.memmap(again, np.uint8, mode="r")
-                    request = m.MapFile(self.FILE, file.name, nbytes, content.digest(data, ranges))
-                self.fleet.request(worker, request, (ranges.tobytes(),))
-        except OSError as error:
-            raise InputError(f"{self.fleet.directory}: {nbytes:,} bytes for weights: {error.strerror}") from None
-
     def ship(self, name: str, shares: Mapping[int, Share], timing: str = "") -> Loaded:
         """Programs of one step on these workers, timed as `timing` says (protocol.timing).
 
@@ -118,13 +94,6 @@ class Rig:
             self.fleet.send(worker, message, tables)
         self.fleet.gather(list(shares))
         return Loaded(self, number, tuple(shares))
-
-
-def _forget_pages(file: int) -> None:
-    """Have the file read back from disk as a model is: pages that were written lie closer together in memory."""
-    os.fsync(file)
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 
 from coordinator.simulate.work import work_of
@@ -38,13 +38,11 @@ _ALIGNMENT: Final = 64
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """Ops that are measured as one run. `missed`: they read more weights than the cache holds, `mapped`: where a file
-    is mapped, as the host does."""
+    """Ops that are measured as one run. `missed`: they read more weights than the cache holds."""
 
     name: str
     ops: tuple[OpRecord, ...]
     missed: bool = False
-    mapped: bool = False
 
     @property
     def key(self) -> str:
@@ -54,12 +52,10 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """Memory for weights: bytes of them that surely are more than the cache, the arena's number, and that of a mapped
-    file of `cold_nbytes`."""
+    """Memory for weights: bytes of them that surely are more than the cache, and the number of the arena."""
 
     arena: int
     cold_nbytes: int
-    file: int = -1
 
     @property
     def nbytes(self) -> int:
@@ -117,28 +113,22 @@ def _products(room: Room, dtype: DType) -> Iterator[Case]:
         yield _product(room, dtype, (k, n, m), count)
     for k, n in VECTORS[2:]:
         yield _product(room, dtype, (k, n, 1), missed=True)
-        if room.file >= 0:
-            yield _product(room, dtype, (k, n, 1), missed=True, mapped=True)
 
 
-def _product(
-    room: Room, dtype: DType, shape: tuple[int, int, int], count: int = 0, *, missed: bool = False, mapped: bool = False
-) -> Case:
+def _product(room: Room, dtype: DType, shape: tuple[int, int, int], count: int = 0, *, missed: bool = False) -> Case:
     """`count` products [k, n] x m, or one with each of the matrices that fit where the cache has no room for them."""
     k, n, m = shape
     size = -(-dtype.row_nbytes(k) * n // _ALIGNMENT) * _ALIGNMENT
     slots = max(1, (room.cold_nbytes if missed else HOT_NBYTES) // size)
 
     def make(i: int, x: int, y: int) -> OpRecord:
-        weights = room.operand(i % slots * size + (0 if mapped else WEIGHTS), dtype, k, n)
-        if mapped:
-            weights = replace(weights, arena=room.file)
+        weights = room.operand(i % slots * size + WEIGHTS, dtype, k, n)
         out, columns = room.operand(y, DType.F32, n, m), room.operand(x, DType.F32, k, m)
         return OpRecord(i, Op.MUL_MAT, (), out, (weights, columns))
 
-    where = " from a file" if mapped else " from memory" if missed else ""
+    where = " from memory" if missed else ""
     ops = _chain("", min(slots, 2000) if missed else count, make).ops
-    return Case(f"{dtype.label} [{k}, {n}] x {m}{where}", ops, missed, mapped)
+    return Case(f"{dtype.label} [{k}, {n}] x {m}{where}", ops, missed)
 
 
 def _attention(room: Room, dtype: DType) -> Iterator[Case]:

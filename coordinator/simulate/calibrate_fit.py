@@ -18,24 +18,18 @@ _TERMS: Final = ("op_s", "weight_s", "missed_s", "byte_s", "flop_s")
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """`seconds` of one op of this work. `missed`: its weights came from memory, not out of the cache; `mapped`: from
-    where a file is mapped."""
+    """`seconds` of one op of this work. `missed`: its weights came from memory, not out of the cache."""
 
     work: Work
     seconds: float
     missed: bool = False
     name: str = ""
-    mapped: bool = False
 
 
-def fit_costs(samples: Sequence[Sample], *, mapped: bool = False) -> dict[str, Cost]:
-    """The cost of every kind of op that was measured, by `Work.key`, with weights that come from memory of the worker's
-    own, or from a mapped file."""
-    files = {sample.work.key for sample in samples if sample.mapped} if mapped else set()
+def fit_costs(samples: Sequence[Sample]) -> dict[str, Cost]:
+    """The cost of every kind of op that was measured, by `Work.key`."""
     by_key: dict[str, list[Sample]] = {}
     for sample in samples:
-        if sample.missed and sample.mapped != (sample.work.key in files):
-            continue
         by_key.setdefault(sample.work.key, []).append(sample)
     return {key: fit_cost(found) for key, found in sorted(by_key.items())}
 
@@ -73,11 +67,9 @@ def _non_negative(rows: NDArray[np.float64], seconds: NDArray[np.float64]) -> li
 
 
 def errors(samples: Sequence[Sample], costs: Mapping[str, Cost]) -> dict[str, list[float]]:
-    """Relative errors of the fitted costs on their own samples (but for mapped files), by key."""
+    """Relative errors of the fitted costs on their own samples, by key."""
     found: dict[str, list[float]] = {}
     for sample in samples:
-        if sample.mapped:
-            continue
         cost = costs[sample.work.key]
         predicted = cost.seconds(sample.work, 1.0 if sample.missed else 0.0)
         found.setdefault(sample.work.key, []).append(predicted / sample.seconds - 1.0)

@@ -22,11 +22,11 @@ class Link:
 @dataclass(frozen=True, slots=True)
 class Calibration:
     """Everything that was measured of one machine. `about` are lines for people; `copy_rate` in bytes/s, `flops` the
-    fastest product's FLOP/s. Costs and what a step takes longer behind an emptied cache are those of accelerators and
-    of the host; what a split takes, and how much more then."""
+    fastest product's FLOP/s. `step_missed_s` is what a step takes longer behind an emptied cache for an accelerator and
+    for the host, `split_s` what a split takes and how much more then."""
 
     about: tuple[str, ...]
-    costs: tuple[Mapping[str, Cost], Mapping[str, Cost]]
+    costs: Mapping[str, Cost]
     step_s: float
     step_missed_s: tuple[float, float]
     split_s: tuple[float, float]
@@ -39,21 +39,20 @@ def system_text(found: Calibration, workers: Sequence[tuple[str, bool, int, int]
     """The machine with these devices: name, whether an accelerator, alignment, bytes of memory (0: no limit)."""
     lines = [*(f"# {text}" for text in found.about), "schema = 1"]
     for name, accelerator, alignment, memory in workers:
-        costs = found.costs[not accelerator]
         lines += ["", "[[device]]", f'name = "{name}"', 'class = "cpu"']
         lines += ["accelerator = true"] if accelerator else []
         lines += [f"memory = {memory}"] if memory else []
         lines += [
             f"alignment = {alignment}", f"bandwidth_gbs = {found.copy_rate / 1e9:.4g}",
             f"fp16_tflops = {found.flops / 1e12:.4g}", f"rates_tflops = {_inline(_rates(found))}",
-            f"launch_us = {_least_us(costs):.4g}", f"step_us = {found.step_s * 1e6:.4g}",
+            f"launch_us = {_least_us(found.costs):.4g}", f"step_us = {found.step_s * 1e6:.4g}",
             f"step_missed_us = {found.step_missed_s[not accelerator] * 1e6:.4g}",
             f"split_us = {found.split_s[0] * 1e6:.4g}", f"split_missed_us = {found.split_s[1] * 1e6:.4g}",
             f"cache = {found.cache_nbytes}",
             "async_copies = true",
             'source = { costs = "measured" }', "", "[device.costs]",
         ]  # fmt: skip
-        lines += [f'"{key}" = {_inline(_numbers(cost))}' for key, cost in sorted(costs.items())]
+        lines += [f'"{key}" = {_inline(_numbers(cost))}' for key, cost in sorted(found.costs.items())]
     return "\n".join(lines) + "\n"
 
 
@@ -79,7 +78,7 @@ def _rates(found: Calibration) -> dict[str, float]:
     """TFLOP/s by family, for products of types that were not measured."""
     rates = {"f32": found.flops / 1e12, "f16": found.flops / 1e12, "quant": found.flops / 1e12}
     for family, key in (("f32", "matmat.f32"), ("f16", "matmat.f16"), ("quant", "matmat.q8_0")):
-        cost = found.costs[0].get(key)
+        cost = found.costs.get(key)
         if cost is not None and cost.flop_s:
             rates[family] = 1e-12 / cost.flop_s
     return rates

@@ -12,6 +12,7 @@ from tests.faults.harness import run
 WAYS: dict[str, tuple[list[object], str]] = {
     "memfd": ([], "memfd"),
     "futex": ([], "futex"),
+    "mailbox": ([], "mailbox"),
     "sharedmem": ([], "sharedmem"),
     "one by one": ([], "fork"),
     "numba": ([], "image"),

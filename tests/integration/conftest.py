@@ -6,8 +6,22 @@ from pathlib import Path
 
 import pytest
 
+from coordinator.cli.options import DEMO_IMAGE, DEMO_MODEL
 from coordinator.runtime.fleet import Fleet
-from tests.integration.describing import Loaded, fleet_of, load
+from coordinator.runtime.generate import Prompt
+from tests.integration.describing import Loaded, chat_prompt, fleet_of, load
+
+
+@pytest.fixture(scope="session")
+def demo() -> Loaded:
+    """The bundled model."""
+    return load(DEMO_MODEL)
+
+
+@pytest.fixture(scope="session")
+def prompt(demo: Loaded) -> Prompt:
+    """The main job's question about the bundled image."""
+    return chat_prompt(demo, "Describe this image.", [DEMO_IMAGE])
 
 
 @pytest.fixture(scope="session")

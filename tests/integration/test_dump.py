@@ -14,7 +14,6 @@ import pytest
 from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
 
-from coordinator.cli.options import DEMO_IMAGE, DEMO_MODEL
 from coordinator.cli.parser import parse
 from coordinator.graph.node import Graph
 from coordinator.model.gguf_file import weight_bytes
@@ -34,7 +33,7 @@ from protocol.errors import CapacityError, Exit, InputError, ProtocolError, Usag
 from protocol.ops import Op
 from protocol.program import Instruction, Kind, pack_instructions
 from tests.graph import evaluate
-from tests.integration.describing import Loaded, chat_prompt, fleet_of, load
+from tests.integration.describing import Loaded, fleet_of
 from workers.arena import Arenas
 from workers.peers import SharedPlane
 from workers.run import NullEngine, compile_program
@@ -42,16 +41,6 @@ from workers.run import NullEngine, compile_program
 ALL = (".*",)
 SAFE, STRICT, FAITHFUL = Ownership.SAFE, Ownership.STRICT, Ownership.FAITHFUL
 N_PREDICT = 3
-
-
-@pytest.fixture(scope="module")
-def demo() -> Loaded:
-    return load(DEMO_MODEL)
-
-
-@pytest.fixture(scope="module")
-def prompt(demo: Loaded) -> Prompt:
-    return chat_prompt(demo, "Describe this image.", [DEMO_IMAGE])
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from coordinator.cli.options import DEMO_IMAGE, DEMO_MODEL
+from coordinator.cli.options import DEMO_IMAGE
 from coordinator.cli.reproduce import WORKERS
 from coordinator.config import parse_workers
 from coordinator.ownership.facts import Kind
@@ -22,17 +22,7 @@ from coordinator.schedule.lower import Lowered
 from coordinator.schedule.placement import PlacementOptions
 from protocol.errors import UsageError
 from tests.integration.clean_runs import clean_runs
-from tests.integration.describing import Loaded, answer, chat_prompt, fleet_of, load
-
-
-@pytest.fixture(scope="module")
-def demo() -> Loaded:
-    return load(DEMO_MODEL)
-
-
-@pytest.fixture(scope="module")
-def prompt(demo: Loaded) -> Prompt:
-    return chat_prompt(demo, "Describe this image.", [DEMO_IMAGE])
+from tests.integration.describing import Loaded, answer, chat_prompt, fleet_of
 
 
 @pytest.fixture(scope="module")

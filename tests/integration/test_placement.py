@@ -8,28 +8,17 @@ from collections.abc import Iterator
 
 import pytest
 
-from coordinator.cli.options import DEMO_IMAGE, DEMO_MODEL
 from coordinator.model.image import Tiles
 from coordinator.runtime.generate import Prompt
 from coordinator.runtime.session import SessionOptions
 from coordinator.schedule.placement import PlacementOptions
-from tests.integration.describing import Answer, Loaded, answer, chat_prompt, fleet_of, load
+from tests.integration.describing import Answer, Loaded, answer, fleet_of
 
 WORKERS = ("cpu:1", "cpu:1,accel:1", "cpu:1,accel:2", "cpu:1,accel:3", "cpu:2,accel:1")
 DEBUG = ((), ("inp_raw_copy", "inp_pos_copy", "attn_inp_kq_mask_copy"))
 WAYS = tuple(itertools.product((True, False), DEBUG))
 FLEETS = tuple(itertools.product((1, 2), ("ipc", "tcp")))
 EVERYTHING = os.environ.get("PLACEMENTS") == "all"
-
-
-@pytest.fixture(scope="module")
-def demo() -> Loaded:
-    return load(DEMO_MODEL)
-
-
-@pytest.fixture(scope="module")
-def prompt(demo: Loaded) -> Prompt:
-    return chat_prompt(demo, "Describe this image.", [DEMO_IMAGE])
 
 
 @pytest.fixture(scope="module")
