@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections.abc import Callable
 
 from coordinator.runtime import signals
 
@@ -21,13 +22,11 @@ def main() -> None:
 
 
 def _run(arguments: list[str]) -> int:
-    from coordinator.cli.parser import parse  # imports take long enough to be interrupted in
     from protocol.errors import CrossdockError, Exit
-    from protocol.features import check_switches
 
     try:
-        check_switches()
-        command = parse(arguments)
+        with signals.Held():  # C extensions print an interrupt that meets them while they are imported
+            command = _parse(arguments)
         return int(command())
     except CrossdockError as error:
         _say(" ".join(str(error).split()), error.exit)
@@ -49,6 +48,15 @@ def _run(arguments: list[str]) -> int:
             raise
         _say(f"internal error: {type(error).__name__}: {error} (CROSSDOCK_TRACEBACK=1 shows where)", Exit.INTERNAL)
         return int(Exit.INTERNAL)
+
+
+def _parse(arguments: list[str]) -> Callable[[], int]:
+    """The command, with everything that it needs imported."""
+    from coordinator.cli.parser import parse
+    from protocol.features import check_switches
+
+    check_switches()
+    return parse(arguments)
 
 
 def _say(line: str, status: int) -> None:

@@ -85,9 +85,9 @@ def measured(threads: int, effort: Effort, progress: Progress) -> Raw:
     return Raw(ops, steps, measure_steps(chain, effort, progress, "message"))
 
 
-def fitted(raw: Raw, threads: int, effort: Effort) -> Measured:
-    """What follows from the samples."""
-    samples = samples_of(room_of(), effort, raw.ops)
+def fitted(raw: Raw, threads: int, effort: Effort, room: Room | None = None) -> Measured:
+    """What follows from the samples, which were taken with `room_of()` or another room."""
+    samples = samples_of(room or room_of(), effort, raw.ops)
     shared, messages = fit_steps(raw.steps), fit_steps(raw.messages)
     costs = fit_costs(samples) | {OUTPUT: Cost(byte_s=shared.output_byte_s)}
     return Measured(samples, costs, middle_noise(raw.ops), shared, messages, threads, cache_nbytes())

@@ -49,7 +49,8 @@ class Steps:
 
     `step_s` of a step with one worker, `further_s` for each further one, `split_s` of a run of ops, `hop_s` of a
     transfer and `byte_s` of each of its bytes, `output_byte_s` of each byte that goes back to the coordinator. `missed`
-    are how much more a step, a further worker and a run of ops take when everything was driven out of the cache.
+    are how much more a step, a further worker and a run of ops take when everything was driven out of the cache;
+    outputs are measured so, since long ones are those of large models.
     """
 
     step_s: float
@@ -117,8 +118,10 @@ def measure_steps(topology: Topology, effort: Effort, progress: Progress, plane:
             if number % 10 == 0:
                 progress(f"steps, round {number + 1} of {effort.step_rounds}")
             for name, program in programs.items():
+                if _AFTER not in name:
+                    program.run()  # the one before it may have emptied the cache
                 if name.startswith(_SPLIT):
-                    seconds[name].append(program.noted(0, 1))  # RECV, RUN
+                    seconds[name].append(program.noted(2, 3))  # RUN, SEND, RECV, RUN
                 else:
                     seconds[name].append(program.timed().outside_s)
     return seconds
@@ -149,13 +152,13 @@ def _programs(rig: Rig, room: Room) -> dict[str, Loaded]:
     found = {
         "alone": rig.ship("alone", {2: busy}),
         "three": rig.ship("three", chain([busy, busy, busy], [2, 0, 1], HOP_NBYTES[0])),
-        _SPLIT: rig.ship(_SPLIT, chain([busy, brief], [2, 0], HOP_NBYTES[0]), "trace"),
+        _SPLIT: rig.ship(_SPLIT, chain([brief, busy, brief], [2, 0, 2], HOP_NBYTES[0]), "trace"),
     }
     sweep = Share(sweep_ops(room))
     found |= {
         f"alone {_AFTER}": rig.ship("alone", {2: sweep}),
         f"three {_AFTER}": rig.ship("three", chain([sweep, sweep, sweep], [2, 0, 1], HOP_NBYTES[0])),
-        f"{_SPLIT} {_AFTER}": rig.ship(_SPLIT, chain([sweep, brief], [2, 0], HOP_NBYTES[0]), "trace"),
+        f"{_SPLIT} {_AFTER}": rig.ship(_SPLIT, chain([brief, sweep, brief], [2, 0, 2], HOP_NBYTES[0]), "trace"),
     }
     for hops in HOPS:
         order = [(2, 0)[i % 2] for i in range(hops + 1)]
@@ -165,7 +168,7 @@ def _programs(rig: Rig, room: Room) -> dict[str, Loaded]:
         found[f"bytes {nbytes}"] = rig.ship("bytes", chain([brief] * len(order), order, nbytes))
     for nbytes in OUTPUT_NBYTES:
         port = Port("result", rig.ARENA, 0, nbytes)
-        found[f"output {nbytes}"] = rig.ship("output", {2: replace(brief, outputs=(port,))})
+        found[f"output {nbytes}"] = rig.ship("output", {2: replace(sweep, outputs=(port,))})
     return found
 
 

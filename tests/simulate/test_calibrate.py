@@ -1,0 +1,194 @@
+"""Calibration: costs that are fitted from times, the files that hold them, and real workers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from coordinator.cli.calibrate import Measured, fitted, write
+from coordinator.cli.calibrate_measure import Effort, Raw, Steps, measure_ops, measure_steps, samples_of
+from coordinator.cli.calibrate_rig import Rig
+from coordinator.cli.parser import parse
+from coordinator.cli.simulate_model import machine_of
+from coordinator.config import parse_workers
+from coordinator.runtime.session import devices_of
+from coordinator.simulate.calibrate_cases import Room, cases
+from coordinator.simulate.calibrate_fit import Sample, errors, fit_cost, fit_costs, line, low, noise
+from coordinator.simulate.hardware import Cost, DeviceModel, Work
+from coordinator.simulate.system import load_system
+from coordinator.simulate.work import OUTPUT, work_of
+from protocol.dtypes import DType
+from protocol.errors import Exit, UsageError
+
+TRUE = Cost(op_s=2e-7, weight_s=1e-11, missed_s=4e-11, byte_s=3e-10, flop_s=1e-12)
+ROOM = Room(Rig.ARENA, 4 << 20)
+STEPS = Steps(50e-6, 80e-6, 4e-6, (30e-6, 40e-6, 5e-6), 25e-6, 1e-10, 2e-10, 0.1)
+
+
+def product(k: int, n: int, rows: int = 1) -> Work:
+    weights = DType.Q8_0.row_nbytes(k) * n
+    return Work("matvec", DType.Q8_0, weights, k * n, 4 * k * rows, 4 * n * rows, 2 * k * n * rows, rows)
+
+
+def samples(cost: Cost) -> list[Sample]:
+    works = [product(256, 64), product(256, 256), product(1536, 576), product(512, 1536, 4), product(2048, 1024)]
+    pairs = [(work, missed) for work in works for missed in (False, True)]
+    return [Sample(work, cost.seconds(work, float(missed)), missed) for work, missed in pairs]
+
+
+def test_the_fit_finds_the_costs_that_made_the_times() -> None:
+    found = fit_cost(samples(TRUE))
+    for name in ("op_s", "weight_s", "missed_s", "byte_s", "flop_s"):
+        assert getattr(found, name) == pytest.approx(getattr(TRUE, name), rel=1e-6), name
+    assert max(map(abs, errors(samples(TRUE), {"matvec.q8_0": found})["matvec.q8_0"])) < 1e-9
+
+
+def test_no_cost_is_negative_whatever_the_times() -> None:
+    noisy = [replace(s, seconds=s.seconds * (1.6 if i % 3 else 0.4)) for i, s in enumerate(samples(TRUE))]
+    found = fit_cost(noisy)
+    assert min(found.op_s, found.weight_s, found.byte_s, found.flop_s) >= 0.0
+    assert found.missed_s >= found.weight_s
+    assert fit_costs(noisy) == {"matvec.q8_0": found}
+
+
+def test_times_that_do_not_grow_make_a_constant() -> None:
+    assert line([(1, 3e-6), (10, 3e-6), (100, 3e-6)]) == pytest.approx((3e-6, 0.0))
+    assert line([(100, 1e-6), (300, 3e-6)]) == pytest.approx((0.0, 1e-8))
+
+
+def test_neighbours_do_not_count() -> None:
+    quiet, busy = [1.0, 1.1, 1.2], [5.0] * 13
+    assert low(busy + quiet) == 1.1
+    assert noise(busy + quiet) == pytest.approx(5.0 / 1.1 - 1.0)
+    assert noise([2.0] * 8) == 0.0
+
+
+def test_measured_costs_replace_the_law() -> None:
+    device = DeviceModel("cpu", "cpu", 0, 1e9, {"f32": 1e9}, costs={"matvec.q8_0": TRUE, "ADD": Cost(op_s=1e-3)})
+    work = product(1536, 576)
+    moved, flops = 4 * (1536 + 576), 2 * 1536 * 576
+    other = 2e-7 + moved * 3e-10 + flops * 1e-12
+    assert device.seconds(work) == pytest.approx(other + work.weight_nbytes * 1e-11)
+    assert device.seconds(work, 1.0) == pytest.approx(other + work.weight_nbytes * 4e-11)
+    assert device.seconds(work, 0.5) == pytest.approx(other + work.weight_nbytes * 2.5e-11)
+    add = Work("elementwise", DType.F32, read_nbytes=8, write_nbytes=4, op="ADD")
+    assert device.seconds(add) == 1e-3
+    assert device.seconds(replace(add, op="MUL")) == pytest.approx(12e-9)
+
+
+def test_weights_miss_the_cache_when_there_are_too_many() -> None:
+    device = DeviceModel("cpu", "cpu", 0, 1e9, {"f32": 1e9}, cache_nbytes=32 << 20)
+    assert [device.missed(n << 20) for n in (0, 8, 16, 32, 90)] == [0.0, 0.0625, 0.25, 1.0, 1.0]
+    assert replace(device, cache_nbytes=0).missed(1 << 40) == 0.0
+
+
+def test_cases_have_one_kind_each_and_stay_inside_their_room() -> None:
+    found = list(cases(ROOM, quick=True))
+    assert len({case.name for case in found}) == len(found)
+    for case in found:
+        assert {work_of(op).key for op in case.ops} == {case.key}
+        operands = [o for op in case.ops for o in (op.dst, *op.src) if o is not None]
+        assert all(o.offset >= 0 and o.offset + o.span <= ROOM.nbytes for o in operands), case.name
+    assert {"matvec.q4_1", "matmat.f16", "attention.f16", "prompt-attention.f32"} < {case.key for case in found}
+
+
+def calibration() -> Measured:
+    found = [
+        Sample(work_of(case.ops[0]), 1e-6 * (n + 1), case.missed) for n, case in enumerate(cases(ROOM, quick=True))
+    ]
+    costs = fit_costs(found) | {OUTPUT: Cost(byte_s=2e-10)}
+    return Measured(found, costs, 0.05, STEPS, STEPS, 1, 32 << 20)
+
+
+def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
+    topology, found = parse_workers("cpu:1,accel:2:64MiB", 1), calibration()
+    system, network, messages = write(tmp_path / "here.toml", topology, found)
+    assert [p.name for p in (system, network, messages)] == ["here.toml", "here-network.toml", "here-messages.toml"]
+    machine = machine_of(str(system), str(network))
+    assert machine.names == ("accel0", "accel1", "cpu0")
+    assert machine.limits == (64 << 20, 64 << 20, None)
+    for model in machine.models:
+        assert set(model.costs) == set(found.costs)
+        for key, cost in found.costs.items():
+            for name in ("op_s", "weight_s", "byte_s", "flop_s"):
+                assert getattr(model.costs[key], name) == pytest.approx(getattr(cost, name), rel=1e-3), key
+        assert (model.step_s, model.split_s, model.split_missed_s) == pytest.approx((50e-6, 4e-6, 5e-6))
+        assert model.cache_nbytes == 32 << 20
+    assert [model.step_missed_s for model in machine.models] == pytest.approx([40e-6, 40e-6, 30e-6])
+    route = machine.fabric.between(2, 0)
+    assert (route.latency_s, route.bandwidth, route.fixed_s) == pytest.approx((25e-6, 1e10, 80e-6))
+
+
+def test_the_scheduler_sees_the_devices_of_a_run(tmp_path: Path) -> None:
+    """Or the simulated plan would be another one."""
+    topology = parse_workers("cpu:2,accel:1", 1)
+    system, network, _ = write(tmp_path / "here.toml", topology, calibration())
+    simulated = machine_of(str(system), str(network)).devices
+    real = devices_of(topology)
+    assert [replace(d, offload_min_batch=0) for d in simulated] == [replace(d, offload_min_batch=0) for d in real]
+
+
+def test_the_written_files_simulate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    system, network, _ = write(tmp_path / "here.toml", parse_workers("cpu:1,accel:1", 1), calibration())
+    arguments = ["simulate", "--system", str(system), "--network", str(network), "--prompt", "8", "-n", "2", "--check"]
+    assert parse(arguments)() == Exit.OK
+    assert "tokens/s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("costs = 3", "costs is 3: expected a table"),
+        ("costs = { ADD = 3 }", "costs: ADD is 3: expected a table"),
+        ("costs = { ADDED = { us = 1 } }", "costs: 'ADDED': expected KIND.TYPE or OP"),
+        ('costs = { "matvec.q9" = { us = 1 } }', "costs: 'matvec.q9': expected KIND.TYPE or OP"),
+        ("costs = { ADD = { us = -1 } }", "costs: ADD: us is -1: expected 0 to"),
+        ("costs = { ADD = { ms = 1 } }", "costs: ADD: unknown key 'ms'"),
+        ("split_us = true", "split_us is True: expected a number"),
+        ("accelerator = 1", "accelerator is 1: expected true or false"),
+    ],
+)
+def test_wrong_costs_are_named(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "wrong.toml"
+    file.write_text(f'schema = 1\n[[device]]\nname = "a"\nclass = "cpu"\nbandwidth_gbs = 50\nfp16_tflops = 1\n{text}\n')
+    with pytest.raises(UsageError) as error:
+        load_system(file)
+    assert message in str(error.value)
+    assert "device 1" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-o", "/nowhere/at/all.toml"], "--output /nowhere/at/all.toml: no such folder"),
+        (["-o", "x.toml", "-w", "null:2"], "--workers null:2: null workers compute nothing that could be measured"),
+        (["-o", "x.toml", "-w", "gpu:1"], "--workers 'gpu:1'"),
+        ([], "the following arguments are required: -o/--output"),
+    ],
+)
+def test_what_cannot_be_meant(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError) as error:
+        parse(["calibrate", *arguments])()
+    assert message in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_real_workers_can_be_calibrated(tmp_path: Path) -> None:
+    topology, effort = parse_workers("cpu:1,accel:2", 1), Effort(1, 2, quick=True)
+    ops = measure_ops(topology, ROOM, effort, lambda _: None)
+    assert all(len(seconds) == 1 and min(seconds) > 0.0 for seconds in ops.values())
+    costs = fit_costs(samples_of(ROOM, effort, ops))
+    long, short = product(4096, 1024), product(256, 64)
+    assert costs["matvec.q8_0"].seconds(long) > 10 * costs["matvec.q8_0"].seconds(short) > 0.0
+    steps = measure_steps(topology, effort, lambda _: None)
+    raw = Raw(ops, steps, steps)
+    found = fitted(raw, 1, effort, ROOM)
+    assert min(found.shared.step_s, found.shared.byte_s, found.messages.hop_s) > 0.0
+    system, network, _ = write(tmp_path / "here.toml", topology, found)
+    assert len(machine_of(str(system), str(network)).models) == 3
