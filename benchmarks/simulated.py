@@ -90,7 +90,7 @@ def rows(quick: bool) -> Iterator[Row]:
     measured in turns, several times over, and compared only then. Models are copied first: where the pages of a file
     lie in memory depends on how it came there, and some files were a third slower to read than a copy of them.
     """
-    effort = Effort(8, 30, quick=True) if quick else Effort(16, 60, quick=True)
+    effort = Effort(8, 10, quick=True) if quick else Effort(16, 20, quick=True)
     raw, seen = Raw({}, {}, {}), {placement: Seen() for placement in _placements(quick)}
     with tempfile.TemporaryDirectory() as folder:
         files = {name: Path(shutil.copy(model_file(name), f"{folder}/{name}.gguf")) for name in LAYERS}
