@@ -27,6 +27,18 @@ sys.stdout.buffer.write(b"".join(test_execute.sample_outputs()))
 """
 
 
+COMPILED_TWICE = """
+import shutil, subprocess, sys
+from workers.kernels import elf, warm
+kernel = next(k for k in warm.KERNELS if k.name == "unary")
+compiled = kernel.compiled()
+if len(sys.argv) == 1:
+    shutil.rmtree(warm.CACHE)
+    subprocess.run([sys.executable, __file__, "again"], check=True)
+    elf.link({kernel.key: warm._object_file(compiled)})
+"""
+
+
 @pytest.fixture(scope="module")
 def path() -> Path:
     warm.warm()
@@ -67,6 +79,31 @@ def test_an_image_is_written_whole_or_not_at_all(path: Path, tmp_path: Path) -> 
     image.write(linked, tmp_path / "new" / "image")
     assert image.read(tmp_path / "new" / "image") == linked
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["image"]
+
+
+@pytest.mark.parametrize("there", ["nothing", "damaged"])
+def test_warming_makes_the_image_that_is_missing(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: str
+) -> None:
+    """As with another checkout's kernels in the cache, or with another CPU's image."""
+    other = tmp_path / "other.image"
+    monkeypatch.setattr(image, "where", lambda: other)
+    if there == "damaged":
+        other.write_bytes(path.read_bytes()[:-1])
+    assert not warm.is_warm()
+    warm.warm()
+    assert warm.is_warm()
+    assert image.read(other) == image.read(path)
+
+
+@pytest.mark.slow
+def test_another_process_may_have_compiled_the_same_kernel(tmp_path: Path) -> None:
+    """numba names its symbols anew in each process; the cache then holds the other's."""
+    program = tmp_path / "twice.py"
+    program.write_text(COMPILED_TWICE)
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run([sys.executable, str(program)], env=environ, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
 
 
 def test_no_image_when_switched_off(path: Path) -> None:

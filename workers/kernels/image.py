@@ -81,6 +81,14 @@ def read(path: Path) -> Linked:
     return Linked(body[nbytes:], plain["entries"], absolute.tolist(), plain["foreign"])
 
 
+def is_whole() -> bool:
+    """True when this machine has its image, undamaged."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        read(where())
+        return True
+    return False
+
+
 @functools.cache
 def where() -> Path:
     """This machine's image: a file named after all that its code depends on. Raises OSError where there can be none."""
@@ -94,13 +102,13 @@ def _identity() -> Iterator[str]:
     """The sources, the compiler, the CPU, and what was switched off."""
     folder = Path(__file__).parent
     for source in sorted(folder.rglob("*.py")):
-        stat = source.stat()
-        yield f"{source.relative_to(folder)} {stat.st_size} {stat.st_mtime_ns}"
+        data = source.read_bytes()
+        yield f"{source.relative_to(folder)} {len(data)} {hashlib.sha256(data).hexdigest()}"
     for name in ("numba", "llvmlite"):
         spec = importlib.util.find_spec(name)
         if spec is None or spec.origin is None:
             raise OSError(f"no {name}")
-        yield f"{spec.origin} {os.stat(spec.origin).st_mtime_ns}"
+        yield from sorted(path.name for path in Path(spec.origin).parent.parent.glob(f"{name}-*"))  # its version
     with open("/proc/cpuinfo", "rb") as file:
         first = file.read(1 << 14).decode("utf-8", "replace").partition("\n\n")[0].splitlines()
     yield from (line for line in first if line.partition("\t")[0].strip() in _CPU_LINES)

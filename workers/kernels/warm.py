@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from protocol.features import has
 from workers.kernels.features import configure_cache
 
 CACHE = configure_cache()
@@ -31,8 +32,8 @@ Progress = Callable[[int, int, str], None]
 
 
 def is_warm() -> bool:
-    """True when this machine's cache holds all kernels of this version."""
-    return _marker().exists()
+    """True when this machine's cache holds all kernels of this checkout, and their image where there can be one."""
+    return _marker().exists() and (not has("image") or image.is_whole())
 
 
 def warm(progress: Progress | None = None) -> int:
@@ -44,12 +45,12 @@ def warm(progress: Progress | None = None) -> int:
     if is_warm():
         return _load(progress)
     with _alone(CACHE):
-        if not is_warm():
+        if not _marker().exists():
             _compile(os.cpu_count() or 1)
         count = _load(progress)
         with suppress(OSError):
-            make_image()
             _marker().touch()
+            make_image()
     return count
 
 
@@ -61,15 +62,16 @@ def make_image() -> None:
 def _object_file(compiled: Any) -> tuple[bytes, str]:
     """What LLVM made of a kernel, and the symbol of its C function, from numba's cache.
 
-    numba has no public way to it: with another numba than those that this was written for there is no image.
+    numba has no public way to it: with another numba than those that this was written for there is no image. What is
+    in the cache may be another process's doing, with other names than ours.
     """
     try:
         cache, target = compiled._cache, cpu_target.target_context
-        library = cache._cache_file.load(cache._index_key(compiled._sig, target.codegen()))[0]
+        library, described, *_ = cache._cache_file.load(cache._index_key(compiled._sig, target.codegen()))
         _, kind, (data, _) = library
         if kind != "object":
             raise ValueError(f"a library of kind {kind}")
-        return bytes(data), str(compiled.native_name)
+        return bytes(data), str(described.llvm_cfunc_wrapper_name)
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise OSError(f"no object file in numba's cache: {error}") from None
 
@@ -95,10 +97,14 @@ def _load(progress: Progress | None, first: int = 0, step: int = 1) -> int:
 
 
 def _marker() -> Path:
-    """A file that exists when the cache is complete for these sources, this numba and this CPU."""
-    digest = hashlib.sha256(f"{numba.__version__} {llvm.get_host_cpu_name()}".encode())
-    for source in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(source.read_bytes())
+    """A file that exists when the cache is complete for these sources, this numba and this CPU.
+
+    numba compiles again for another folder with the same sources, and for sources with another time of change.
+    """
+    folder = Path(__file__).parent
+    digest = hashlib.sha256(f"{numba.__version__} {llvm.get_host_cpu_name()} {folder}".encode())
+    for source in sorted(folder.glob("*.py")):
+        digest.update(f"{source.stat().st_mtime_ns} {source.stat().st_size}".encode())
     return CACHE / f"complete-{digest.hexdigest()[:16]}"
 
 
