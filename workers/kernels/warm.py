@@ -25,7 +25,7 @@ import numba  # noqa: E402
 from numba.core.registry import cpu_target  # noqa: E402
 
 from workers.kernels import elf, image, shadow, table, team  # noqa: E402, F401  (importing them defines all kernels)
-from workers.kernels.stage import KERNELS  # noqa: E402
+from workers.kernels.stage import KERNELS, Kernel  # noqa: E402
 
 Progress = Callable[[int, int, str], None]
 """Called with (done, total, name) after each kernel."""
@@ -56,7 +56,12 @@ def warm(progress: Progress | None = None) -> int:
 
 def make_image() -> None:
     """Write the image of all kernels. Raises OSError where it cannot be written, or numba keeps no object files."""
-    image.write(elf.link({kernel.key: _object_file(kernel.compiled()) for kernel in KERNELS}), image.where())
+    image.write(elf.link({kernel.key: _object_file(kernel.compiled()) for kernel in _kernels()}), image.where())
+
+
+def _kernels() -> list[Kernel]:
+    """Those of the default arithmetic; others are compiled when they are first used, and may be defined here too."""
+    return [kernel for kernel in KERNELS if not kernel.key.startswith("workers.kernels.ggml.")]
 
 
 def _object_file(compiled: Any) -> tuple[bytes, str]:
@@ -88,7 +93,7 @@ def _compile(processes: int) -> None:
 
 
 def _load(progress: Progress | None, first: int = 0, step: int = 1) -> int:
-    tasks = [(kernel.name, kernel.address) for kernel in KERNELS][first::step]
+    tasks = [(kernel.name, kernel.address) for kernel in _kernels()][first::step]
     for k, (name, task) in enumerate(tasks):
         task()
         if progress is not None:
