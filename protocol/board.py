@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from protocol import sharedmem
+from protocol.doorbell import Doorbells
 from protocol.features import has
-from protocol.futex import Futex
 from protocol.limits import MAX_TRANSFERS, MAX_WORKERS
 
 _LINE = 16  # words of 32 bits: one cache line
@@ -53,7 +53,7 @@ class Board:
         self._words = segment.view[:NBYTES].view(np.uint32)
         self._cells = self._words.data
         self._address = int(self._words.ctypes.data)
-        self._futex = Futex() if has("futex") else None
+        self._bells = Doorbells(self._words) if has("futex") else None
 
     @classmethod
     def create(cls, directory: str) -> Board:
@@ -80,6 +80,21 @@ class Board:
         cells, base = self._cells, _PROGRESS + worker * _LINE
         state = State(cells[base + 3]) if cells[base + 3] in (1, 2) else State.IDLE
         return Progress(cells[base], cells[base + 1], cells[base + 2], state)
+
+    def line(self, worker: int) -> int:
+        """Address, in this process, of a worker's progress: step, instruction, split and state, 32 bits each."""
+        return self._at(_PROGRESS + worker * _LINE)
+
+    def published(self, transfer: int) -> int:
+        """Address of the doorbell (see Doorbells) that `publish` rings."""
+        return self._at(_TRANSFERS + 2 * transfer * _LINE)
+
+    def acknowledged(self, transfer: int) -> int:
+        """Address of the doorbell that `acknowledge` rings."""
+        return self._at(_TRANSFERS + (2 * transfer + 1) * _LINE)
+
+    def _at(self, word: int) -> int:
+        return self._address + 4 * word
 
     def publish(self, transfer: int, step: int) -> None:
         """The source's bytes are ready for `step`."""
@@ -126,9 +141,10 @@ class Board:
         return int(cells[line + _CLOCK]) | int(cells[line + _CLOCK + 1]) << 32
 
     def _post(self, word: int, step: int) -> None:
-        self._cells[word] = step & 0xFFFFFFFF
-        if self._futex is not None:
-            self._futex.wake(self._address + 4 * word)
+        if self._bells is not None:
+            self._bells.ring(word, step & 0xFFFFFFFF)
+        else:
+            self._cells[word] = step & 0xFFFFFFFF
 
     def _wait(self, word: int, step: int) -> None:
         cells, want = self._cells, step & 0xFFFFFFFF
@@ -137,8 +153,8 @@ class Board:
                 return
         nap = 20e-6
         while (seen := cells[word]) != want:
-            if self._futex is not None:
-                self._futex.wait(self._address + 4 * word, seen, _NAP_S)
+            if self._bells is not None:
+                self._bells.wait(word, seen, 0, _NAP_S)
             else:
                 time.sleep(nap)
                 nap = min(nap * 1.5, 1e-3)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+from _thread import allocate_lock
 
 import numpy as np
 import numpy.typing as npt
@@ -14,23 +14,21 @@ class Doorbells:
     """Doorbells among 32-bit words that processes share; needs the feature `futex` (x86-64 Linux).
 
     A doorbell is two words: a value that only its ringer changes, and behind it whether its one waiter sleeps. The
-    ringer makes a system call only for a sleeper. For use by one thread of a process.
+    ringer makes a system call only for a sleeper.
     """
 
     def __init__(self, words: npt.NDArray[np.uint32]) -> None:
         self.cells = words.data
         self._address = int(words.ctypes.data)
         self._futex = Futex()
-        self._fence = threading.Lock()
 
     def ring(self, word: int, value: int) -> None:
         """Store, and wake who sleeps on it."""
         cells = self.cells
         cells[word] = value
         # The value must be stored before the flag is loaded, or both sides could miss each other. x86-64 orders that
-        # only around a locked instruction, and taking a lock is one.
-        self._fence.acquire(blocking=False)
-        self._fence.release()
+        # only around a locked instruction, and taking a lock, that nobody else has, is one.
+        allocate_lock().acquire()
         if cells[word + 1]:
             self._futex.wake(self._address + 4 * word)
 

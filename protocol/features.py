@@ -12,7 +12,7 @@ from protocol.errors import UsageError
 
 VARIABLE = "CROSSDOCK_DISABLE"
 
-CPU_SWITCHES = ("avx2", "fma", "f16c", "vnni")
+CPU_SWITCHES = ("avx2", "fma", "f16c", "vnni", "avx512")
 """Of the CPU: see workers.kernels.features."""
 
 SWITCHES = ("memfd", "futex", "sharedmem", "mailbox", "fork", "image", *CPU_SWITCHES)

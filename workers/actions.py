@@ -7,13 +7,28 @@ from dataclasses import dataclass
 from enum import IntEnum
 from functools import partial
 from itertools import groupby
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from protocol.board import State
+from protocol.board import Board, State
+from protocol.mailbox import Mailbox
+from protocol.messages import Done, ProgramMessage
 from protocol.program import NOWHERE, Instruction, Kind, OpRecord
 from protocol.sharedmem import copy
 from workers.arena import Arenas
 from workers.peers import Plane
+
+
+class Walker(Protocol):
+    """Runs scripts, which are programs for compiled code (workers/script.py)."""
+
+    def run(self, script: Any, step: int) -> tuple[int, int, int]:
+        """One step, its inputs are in place. Nanoseconds of computing, waiting and copying."""
+
+    def serve(self, script: Any, box: Mailbox) -> Done | None:
+        """Run and answer the program's steps as they come, until there is another message.
+
+        The end of the last step where its answer found no room in the mailbox.
+        """
 
 
 class Engine(Protocol):
@@ -27,6 +42,19 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """End the threads."""
+
+
+@runtime_checkable
+class Scripting(Protocol):
+    """An engine that has compiled code for whole steps, too."""
+
+    def script(
+        self, message: ProgramMessage, instructions: Sequence[Instruction], arenas: Arenas, plane: Plane, built: Any
+    ) -> Any:
+        """A checked program as compiled code walks it; None where it cannot."""
+
+    def walker(self, board: Board, index: int) -> Walker:
+        """Runs scripts for worker `index`."""
 
 
 class Phase(IntEnum):

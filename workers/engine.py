@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from protocol.program import OperandRef, OpRecord
+from protocol.board import Board
+from protocol.features import has
+from protocol.messages import ProgramMessage
+from protocol.program import Instruction, OperandRef, OpRecord
 from workers.arena import Arenas
 from workers.execute import Executor, ResolvedOp, Table, build_table
 from workers.kernels.stage import Operand
 from workers.kernels.table import EXACT
+from workers.peers import Plane, SharedPlane
+from workers.script import Script, Walker, script_of
 
 
 class KernelEngine:
@@ -25,6 +30,18 @@ class KernelEngine:
     def run(self, built: Table, first: int, last: int) -> None:
         """Compute operations [first, last)."""
         self.executor.run(built, built.starts[first], built.starts[last])
+
+    def script(
+        self, message: ProgramMessage, instructions: Sequence[Instruction], arenas: Arenas, plane: Plane, built: Table
+    ) -> Script | None:
+        """The program as compiled code walks it; None with TAPs, or where peers are not heard of through doorbells."""
+        if not isinstance(plane, SharedPlane) or not has("futex"):
+            return None
+        return script_of(message, instructions, arenas, plane, built)
+
+    def walker(self, board: Board, index: int) -> Walker:
+        """Runs scripts for worker `index`."""
+        return Walker(board, index, self.executor)
 
     def close(self) -> None:
         """End the threads."""

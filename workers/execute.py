@@ -148,6 +148,7 @@ class Executor:
         self._memory = np.zeros(team.CONTROL_WORDS + 16, np.int32)
         skip = -self._memory.ctypes.data % _ALIGNMENT // 4
         self._control = self._memory[skip : skip + team.CONTROL_WORDS]
+        self._control[[team.JOB_SPINS, team.PHASE_SPINS]] = team.LEAST_SPINS
         self._address = int(self._control.ctypes.data)
         self._lock = threading.Lock()
         self._closed = False
@@ -167,6 +168,11 @@ class Executor:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def team(self) -> tuple[int, int, int]:
+        """What compiled code needs to run tables on the team: number of threads, control block, futex (0: none)."""
+        return self.threads, self._address, self._futex
+
     def run(self, program: Table, first: int = 0, last: int | None = None) -> None:
         """Run rows [first, last) of a table built for this many threads; returns when all of it is done.
 
@@ -180,11 +186,10 @@ class Executor:
                 raise WorkerError("cannot run a program: the worker's threads have been closed")
             if first == last:
                 return
-            if self._helpers:
+            if self._helpers and not self._futex:
                 self._control[team.TABLE : team.TABLE + 6].view(np.int64)[:] = program.address, first, last
-                if not self._futex:
-                    for bell in self._bells:
-                        bell.release()
+                for bell in self._bells:
+                    bell.release()
             team.lead(program.address, first, last, self.threads, self._address, self._futex)
 
     def close(self) -> None:

@@ -134,6 +134,7 @@ class _Worker:
         self.unsupported = frozenset(Op[name] for name in config.unsupported_ops)
         self.programs: dict[int, Compiled] = {}
         self.runner = Runner(welcome.index, self.arenas, plane, board, engine)
+        self.repeated: Compiled | None = None  # the program of the last request, when that was its step
         self.answers: dict[type, Callable[[Any, Buffers], Reply]] = {
             m.Allocate: self._allocate,
             m.Release: self._release,
@@ -151,7 +152,7 @@ class _Worker:
         """Answer requests in order; what the world does wrong becomes `Failed`."""
         while True:
             try:
-                envelope = control.receive()
+                envelope = self._next(control)
                 if isinstance(envelope.message, m.Shutdown):
                     return
                 answer = self.answers.get(type(envelope.message))
@@ -165,6 +166,15 @@ class _Worker:
                 reply = m.Failed(error.code, f"{self.config.name}: {error}"[:4000]), ()
             if reply is not None:
                 control.send(*reply)
+
+    def _next(self, control: _Control) -> Envelope:
+        """The next request; further steps of the program that has just run are run and answered on the way."""
+        program, self.repeated = self.repeated, None
+        if program is not None and program.repeats and control.mailbox is not None:
+            assert self.runner.walker is not None
+            while (done := self.runner.walker.serve(program.script, control.mailbox)) is not None:
+                control.send(done, program.outputs)
+        return control.receive()
 
     def _allocate(self, request: m.Allocate, buffers: Buffers) -> Reply:
         segment = self.arenas.allocate(request.arena, request.nbytes, request.label, shadow=request.shadow)
@@ -213,6 +223,7 @@ class _Worker:
         program = self.programs.get(request.program)
         if program is None:
             raise ProtocolError(f"step of unknown program {request.program}")
+        self.repeated = program
         try:
             return self.runner.run(program, request.step, buffers)
         except Violation as violation:

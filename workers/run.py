@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from protocol.board import Board
 from protocol.errors import CapacityError, ProtocolError
@@ -28,7 +29,7 @@ from protocol.program import (
 )
 from protocol.shadow import WORDS
 from protocol.wire import Buffer
-from workers.actions import Action, Acts, Check, Engine, checked, join
+from workers.actions import Action, Acts, Check, Engine, Scripting, checked, join
 from workers.arena import Arenas
 from workers.peers import Plane
 from workers.shadow import Shadows
@@ -53,7 +54,8 @@ class Compiled:
     """A program that may run: every range was checked, everything is bound to addresses. It works in `arenas`.
 
     `inputs` and `outputs` are the ports' bytes, None where there is no memory. `begin` is strict ownership's: it marks
-    the inputs that were set and starts checking. What TAPs read is put into `tapped`.
+    the inputs that were set and starts checking. What TAPs read is put into `tapped`. `script` is what compiled code
+    walks instead of the actions.
     """
 
     message: ProgramMessage
@@ -66,6 +68,12 @@ class Compiled:
     tapped: bytearray
     begin: Callable[[int, Sequence[Buffer]], None] | None = None
     timing: Timing | None = None
+    script: Any = None
+
+    @property
+    def repeats(self) -> bool:
+        """True when compiled code may take its steps from the mailbox."""
+        return self.script is not None and not self.digests
 
 
 def compile_program(
@@ -128,6 +136,7 @@ def compile_program(
     if message.timing:
         assert board is not None
         timing = timing_of(message.timing, costs, instructions, board)
+    plain = check is None and timing is None
     return Compiled(
         message,
         _actions(instructions, acts, check, len(message.inputs), timing),
@@ -139,6 +148,7 @@ def compile_program(
         tapped,
         None if check is None else partial(_begin, check),
         timing,
+        engine.script(message, instructions, arenas, plane, built) if plain and isinstance(engine, Scripting) else None,
     )
 
 
@@ -185,20 +195,39 @@ class Runner:
     def __init__(self, index: int, arenas: Arenas, plane: Plane, board: Board, engine: Engine) -> None:
         self.index, self.arenas, self.plane, self.board, self.engine = index, arenas, plane, board, engine
         self.shadows: Shadows | None = None
+        self.walker = engine.walker(board, index) if isinstance(engine, Scripting) else None
 
     def run(self, program: Compiled, step: int, inputs: Sequence[memoryview]) -> tuple[Done, list[Buffer]]:
         """One evaluation: inputs in, instructions in order, outputs, taps and digests out.
 
         Raises ProtocolError when the inputs are not those of the program's ports, in strict ownership Violation.
         """
-        clock, show, index = time.perf_counter_ns, self.board.show, self.index
-        start = clock()
+        start = time.perf_counter_ns()
         _set_inputs(program, inputs)
         if program.begin is not None:
             program.begin(step, inputs)
         program.tapped.clear()
         if program.timing is not None:
             program.timing.begin(step)
+        if program.script is not None and self.walker is not None:
+            compute, wait, copying = self.walker.run(program.script, step)
+        else:
+            compute, wait, copying = self._act(program, step)
+        outputs: list[Buffer] = [bytes(data) for data in program.outputs]
+        if program.tapped:
+            outputs.append(bytes(program.tapped))
+        if program.timing is not None:
+            outputs.append(program.timing.finish())
+        digests = tuple([hashlib.sha256(data).hexdigest() for data in program.digests])
+        self.board.rest(self.index)
+        message = program.message.program
+        total = time.perf_counter_ns() - start
+        done = Done(message, step, total, compute, wait, copying, program.received_nbytes, digests)
+        return done, outputs
+
+    def _act(self, program: Compiled, step: int) -> tuple[int, int, int]:
+        """The program's actions in Python. Nanoseconds of computing, waiting and copying."""
+        clock, show, index = time.perf_counter_ns, self.board.show, self.index
         spent = [0, 0, 0]
         now = clock()
         for number, split, state, phase, act in program.actions:
@@ -206,17 +235,7 @@ class Runner:
             act(step)
             before, now = now, clock()
             spent[phase] += now - before
-        outputs: list[Buffer] = [bytes(data) for data in program.outputs]
-        if program.tapped:
-            outputs.append(bytes(program.tapped))
-        if program.timing is not None:
-            outputs.append(program.timing.finish())
-        digests = tuple([hashlib.sha256(data).hexdigest() for data in program.digests])
-        self.board.rest(index)
-        message = program.message.program
-        compute, wait, copying = spent
-        done = Done(message, step, clock() - start, compute, wait, copying, program.received_nbytes, digests)
-        return done, outputs
+        return spent[0], spent[1], spent[2]
 
 
 def _set_inputs(program: Compiled, inputs: Sequence[memoryview]) -> None:

@@ -57,6 +57,10 @@ class Sampler:
         InputError when no logit is a number.
         """
         params = self.params
+        if params.temperature == 0 and params.repeat_penalty == 1:  # then the largest of what is given will do
+            best = int(np.argmax(logits))  # of NaN if there is any
+            if logits.flat[best] > -math.inf:
+                return best
         scores = np.asarray(logits, np.float64).reshape(-1)
         if not (scores > -math.inf).any() or np.isnan(scores).any():
             if self.silent:

@@ -9,7 +9,7 @@ from typing import Any
 
 import zmq
 
-from protocol.mailbox import Mailbox
+from protocol.mailbox import Mailbox, StepRecord
 from protocol.sharedmem import Segment
 from protocol.wire import Buffer, Envelope, decode, encode
 
@@ -43,6 +43,11 @@ class Control:
         elif not self._mailboxes[worker].writer.post(message, buffers):
             self.send_directly(worker, message, buffers)
             self._mailboxes[worker].writer.pass_by()
+
+    def send_step(self, worker: int, record: StepRecord) -> None:
+        """As `send`, of a step."""
+        if not self._mailboxes or not self._mailboxes[worker].writer.post_step(record):
+            self.send(worker, record.message(), record.inputs)
 
     def send_directly(self, worker: int, message: Any, buffers: Sequence[Buffer] = ()) -> None:
         """Through the socket: the handshake."""

@@ -24,12 +24,16 @@ from coordinator.schedule.plan import Plan
 from coordinator.schedule.scheduler import Scheduler
 from protocol import messages as m
 from protocol.errors import ProtocolError
+from protocol.mailbox import StepRecord
 from protocol.program import NOWHERE, Kind, pack_instructions, pack_ops
 from protocol.timing import Cost, Times, pack_costs, unpack_times
 from protocol.wire import Envelope
 
 MAX_KEPT = 64
 """Programs kept per session; the one that was not used for longest goes first."""
+
+_PLACES_NBYTES = 1 << 16
+"""Bytes of inputs that are written in place: more than a token's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +45,7 @@ class Shipped:
     scheduler: int
     lowered: Lowered
     workers: tuple[int, ...]
+    awaited: tuple[int, ...]  # the same, in the order in which they are probably through
     expectations: tuple[WorkerExpectations, ...] = ()  # of each worker, in strict ownership
     watched: Watched | None = None  # when tensors are looked at
     costs: Sequence[Sequence[Cost]] = ()  # of each worker's instructions, with a virtual clock
@@ -49,6 +54,14 @@ class Shipped:
     def plan(self) -> Plan:
         """The plan it was lowered from."""
         return self.lowered.plan
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Inputs of a program's steps that are written where they are sent from: `inputs` by tensor name, all of them."""
+
+    records: Mapping[int, StepRecord]  # by worker
+    inputs: Mapping[str, memoryview]
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,9 +181,26 @@ class Evaluator:
             workers.append(worker)
         self.fleet.doing = f"the {name} graph"
         self.fleet.gather(workers)
-        return Shipped(number, name, scheduler, lowered, _in_turn(lowered, workers), expectations, watched, costs)
+        return Shipped(number, name, scheduler, lowered, *_orders(lowered, workers), expectations, watched, costs)
 
-    def run(self, shipped: Shipped, inputs: Mapping[str, Array]) -> StepResult:
+    def places(self, shipped: Shipped) -> Places | None:
+        """Where to write the inputs of a small program's steps in place. None for one with more than a few pages."""
+        records = {}
+        for worker in shipped.workers:
+            sizes = [port.nbytes for port in shipped.lowered.programs[worker].inputs]
+            if sum(sizes) > _PLACES_NBYTES:
+                return None
+            records[worker] = StepRecord(shipped.number, sizes)
+        return Places(
+            records,
+            {
+                port.name: place
+                for worker, record in records.items()
+                for port, place in zip(shipped.lowered.programs[worker].inputs, record.inputs, strict=True)
+            },
+        )
+
+    def run(self, shipped: Shipped, inputs: Mapping[str, Array] | Places) -> StepResult:
         """One evaluation. Inputs that are not given (unused debug tensors) stay as they are."""
         start = time.monotonic_ns()
         step = next(self.fleet.step_numbers)
@@ -187,17 +217,19 @@ class Evaluator:
         tapped: dict[int, memoryview] = {}
         times: dict[int, list[Times]] = {}
         for worker, envelope in answers.items():
-            program, message = shipped.lowered.programs[worker], envelope.message
+            message, buffers = envelope.message, envelope.buffers
             assert isinstance(message, m.Done)
-            if (message.program, message.step) != (shipped.number, step):
+            if message.step != step or message.program != shipped.number:
                 name = self.fleet.topology.names[worker]
                 raise ProtocolError(f"{name}: expected the end of step {step}, got that of step {message.step}")
             done[worker] = message
+            if not buffers and not message.digests:
+                continue
+            program = shipped.lowered.programs[worker]
             n_outputs = len(program.outputs)
-            outputs |= {
-                port.name: data for port, data in zip(program.outputs, envelope.buffers[:n_outputs], strict=True)
-            }
-            others = list(envelope.buffers[n_outputs:])
+            for port, data in zip(program.outputs, buffers[:n_outputs], strict=True):
+                outputs[port.name] = data
+            others = list(buffers[n_outputs:])
             if self.stopwatch is not None:
                 times[worker] = unpack_times(others.pop())
             for data in others:
@@ -217,28 +249,36 @@ class Evaluator:
             )
         return StepResult(outputs, digests, wall_ns, done, taps, virtual_ps)
 
-    def _step(self, shipped: Shipped, step: int, inputs: Mapping[str, Array]) -> Mapping[int, Envelope]:
+    def _step(self, shipped: Shipped, step: int, inputs: Mapping[str, Array] | Places) -> Mapping[int, Envelope]:
         """Every worker's answer to one step."""
-        with self.fleet.whole():
+        fleet = self.fleet
+        with fleet.whole():
             for worker in shipped.workers:
+                if isinstance(inputs, Places):
+                    record = inputs.records[worker]
+                    record.set_step(step)
+                    fleet.send_step(worker, record)
+                    continue
                 ports = shipped.lowered.programs[worker].inputs
                 buffers = [_raw(inputs[port.name]) if port.name in inputs else b"" for port in ports]
-                self.fleet.send(worker, m.Step(shipped.number, step), buffers)
-            return self.fleet.gather(shipped.workers)
+                fleet.send(worker, m.Step(shipped.number, step), buffers)
+            return fleet.gather(shipped.awaited)
 
     def _program_at(self, step: int) -> Shipped:
         """The program that ran in a step, as strict ownership remembers."""
         return self.history[bisect_right(self.history, step, key=lambda entry: entry[0]) - 1][1]
 
 
-def _in_turn(lowered: Lowered, workers: Sequence[int]) -> tuple[int, ...]:
-    """Who begins without a peer comes first, and is woken first; who has outputs comes last, and is awaited last."""
+def _orders(lowered: Lowered, workers: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Who begins without a peer comes first, and is woken first. Who has outputs is probably the last to be through."""
+    programs = lowered.programs
 
-    def turn(worker: int) -> tuple[bool, bool]:
-        program = lowered.programs[worker]
-        return bool(program.instructions) and program.instructions[0].kind is Kind.RECV, bool(program.outputs)
+    def begins_late(worker: int) -> bool:
+        instructions = programs[worker].instructions
+        return bool(instructions) and instructions[0].kind is Kind.RECV
 
-    return tuple(sorted(workers, key=turn))
+    woken = sorted(workers, key=lambda worker: (begins_late(worker), bool(programs[worker].outputs)))
+    return tuple(woken), tuple(sorted(woken, key=lambda worker: bool(programs[worker].outputs)))
 
 
 def _raw(array: Array) -> memoryview:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import zmq
 
 from coordinator.config import Topology, WorkerSpec
 from coordinator.runtime.control import Control, Letter
+from coordinator.runtime.handshake import check_hello
 from coordinator.runtime.nursery import Nursery
 from coordinator.runtime.process import Start, WorkerProcess, start_workers
 from coordinator.runtime.signals import Held
@@ -24,7 +25,7 @@ from protocol import messages as m
 from protocol.board import NBYTES, Board, State
 from protocol.errors import CrossdockError, ProtocolError, WorkerError
 from protocol.features import has
-from protocol.version import MAJOR, MINOR
+from protocol.mailbox import StepRecord
 from protocol.wire import Buffer, Envelope
 
 _GRACE_S = 0.5
@@ -55,6 +56,20 @@ class Violation(CrossdockError):  # noqa: N818  (what strict ownership looks for
         self.worker, self.report = worker, report
 
 
+class _Whole:
+    """`Fleet.whole`: every step goes through it, and a generator would take its microseconds."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self.fleet = fleet
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if kind is not None and not issubclass(kind, CrossdockError):
+            self.fleet.interrupted()
+
+
 class Fleet:
     """All workers of one run, in device order. Use as a context manager: nothing outlives the block.
 
@@ -83,6 +98,7 @@ class Fleet:
         self._expected: list[deque[type]] = [deque() for _ in topology.names]
         self._stack = ExitStack()
         self._broken = ""
+        self._whole = _Whole(self)
 
     def __enter__(self) -> Fleet:
         """The fleet, listening; workers are started by `start`. Raises UsageError for a port that is taken."""
@@ -146,8 +162,7 @@ class Fleet:
             missing = [i for i in range(len(names)) if i not in hellos]
             worker, letter = self._receive(missing, deadline)
             try:
-                hello = letter().message
-                self._check_hello(worker, hello)
+                hello = check_hello(letter().message, names[worker])
             except ProtocolError as error:
                 self._refuse(worker, str(error))
                 raise ProtocolError(f"{names[worker]}: {error}") from None
@@ -160,14 +175,6 @@ class Fleet:
             self.control.offer(self.board.segment)
         for index in range(len(names)):
             self._send(index, m.Welcome(index, names, endpoints, self.plane), handshake=True)
-
-    def _check_hello(self, worker: int, hello: object) -> None:
-        if not isinstance(hello, m.Hello):
-            raise ProtocolError(f"expected a hello, got {type(hello).__name__}")
-        if (hello.major, hello.minor) != (MAJOR, MINOR):
-            raise ProtocolError(f"speaks protocol {hello.major}.{hello.minor}: expected {MAJOR}.{MINOR}")
-        if hello.name != self.topology.names[worker]:
-            raise ProtocolError(f"calls itself {hello.name[:40]!r}")
 
     def _refuse(self, worker: int, reason: str) -> None:
         with suppress(zmq.ZMQError):
@@ -182,34 +189,44 @@ class Fleet:
         if answer is not None:
             self._expected[worker].append(answer)
 
+    def send_step(self, worker: int, record: StepRecord) -> None:
+        """As `send`, of a step that was written in place."""
+        if self._broken:
+            raise WorkerError(f"this run has ended: {self._broken}")
+        try:
+            self.control.send_step(worker, record)
+        except zmq.ZMQError as error:
+            self._unreachable(worker, error)
+        self._expected[worker].append(m.Done)
+
     def _send(self, worker: int, message: Any, buffers: Sequence[Buffer] = (), *, handshake: bool = False) -> None:
         try:
             (self.control.send_directly if handshake else self.control.send)(worker, message, buffers)
         except zmq.ZMQError as error:
-            if worker < len(self.processes):
-                self.processes[worker].wait(_DEATH_S)
-            self._check_alive()
-            raise WorkerError(f"{self.topology.names[worker]}: cannot be reached: {error.strerror}") from None
+            self._unreachable(worker, error)
+
+    def _unreachable(self, worker: int, error: zmq.ZMQError) -> NoReturn:
+        if worker < len(self.processes):
+            self.processes[worker].wait(_DEATH_S)
+        self._check_alive()
+        raise WorkerError(f"{self.topology.names[worker]}: cannot be reached: {error.strerror}") from None
 
     def request(self, worker: int, message: Any, buffers: Sequence[Buffer] = ()) -> Envelope:
         """Send, and wait for the answer. Raises what the worker failed with, or WorkerError when it dies."""
         self.send(worker, message, buffers)
         return self.gather([worker])[worker]
 
-    @contextmanager
-    def whole(self) -> Iterator[None]:
+    def whole(self) -> _Whole:
         """What is asked and answered within is done wholly, or the run has ended.
 
         After an interrupt some workers may have begun what others were not told, and answers are still to come that
         the next request would take for its own.
         """
-        try:
-            yield
-        except CrossdockError:
-            raise
-        except BaseException:
-            self._broken = self._broken or f"it was interrupted {_during(self.doing)}"
-            raise
+        return self._whole
+
+    def interrupted(self) -> None:
+        """Something was left half done: the run has ended."""
+        self._broken = self._broken or f"it was interrupted {_during(self.doing)}"
 
     def gather(self, workers: Sequence[int]) -> Mapping[int, Envelope]:
         """One answer from each of `workers`, the latest expected last, of the kind its request asks for. As `request`.
@@ -237,29 +254,26 @@ class Fleet:
 
     def _answer(self, worker: int, letter: Letter) -> Envelope:
         """The answer. Raises what it says when it is `Failed`, ProtocolError when it is not the next one."""
-        name, awaited = self.topology.names[worker], self._expected[worker]
+        awaited = self._expected[worker]
         try:
             envelope = letter()
         except ProtocolError as error:
-            raise ProtocolError(f"{name}: {error}") from None
+            raise ProtocolError(f"{self.topology.names[worker]}: {error}") from None
         expected = awaited.popleft() if awaited else None
+        if type(envelope.message) is expected:
+            return envelope
         if isinstance(envelope.message, m.Failed):
             raise envelope.message.error()
         if isinstance(envelope.message, m.Violated) and expected is m.Done:
             raise Violation(worker, envelope.message)
-        if type(envelope.message) is not expected:
-            wanted = expected.__name__ if expected else "nothing"
-            raise ProtocolError(f"{name}: expected {wanted}, got {type(envelope.message).__name__}")
-        return envelope
+        wanted, name = expected.__name__ if expected else "nothing", self.topology.names[worker]
+        raise ProtocolError(f"{name}: expected {wanted}, got {type(envelope.message).__name__}")
 
     def _receive(self, awaited: Sequence[int], deadline: float | None) -> tuple[int, Letter]:
         """The next message, while all workers live, somebody gets on, and the deadline has not passed."""
         watch = None
         reports = 0
-        while True:
-            found = self.control.receive(awaited)
-            if found is not None:
-                return found
+        while (found := self.control.receive(awaited)) is None:
             self._check_alive()
             watch = watch or Watch(self.board, self.processes, awaited)
             if self._nursery is not None and self._nursery.n_reports != reports:
@@ -274,6 +288,7 @@ class Fleet:
                     f"no worker made progress for {self.options.stall_timeout_s:g} s {_during(self.doing)}: "
                     f"{watch.whereabouts()} (--stall-timeout waits longer)"
                 )
+        return found
 
     def _check_alive(self) -> None:
         """Raises WorkerError for a worker that died: which, how, in which split, and its last words."""

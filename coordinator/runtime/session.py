@@ -19,10 +19,11 @@ from coordinator.model.gguf_file import ModelFile
 from coordinator.model.hparams import ModelParams
 from coordinator.model.image import Tiles
 from coordinator.ownership.violation import OwnershipError
-from coordinator.runtime.evaluate import Evaluator, Shipped, StepResult
+from coordinator.runtime.evaluate import Evaluator, Places, Shipped, StepResult
 from coordinator.runtime.fleet import Fleet
 from coordinator.runtime.inputs import Array, CrossMasks, text_inputs, vision_inputs, vision_inputs_2024
 from coordinator.runtime.memory import HANDLES, Budget, Memory
+from coordinator.runtime.one_token import OneToken
 from coordinator.runtime.quirks import Quirk, lost_image, with_leaf_caches, with_pins
 from coordinator.runtime.stopwatch import Stopwatch
 from coordinator.runtime.taps import Tap, check_patterns, compile_patterns
@@ -187,6 +188,7 @@ class Session:
         self.evaluator = Evaluator(
             fleet, self.memory, self.schedulers, overlaps=not self.keeps, taps=self.taps, stopwatch=self.stopwatch
         )
+        self.one_token = OneToken(self.evaluator)
 
     def close(self) -> None:
         """Give the workers' memory back; the fleet can open another session then."""
@@ -253,7 +255,7 @@ class Session:
             self.memory.resident[self._cross_states_key()] = shipped.lowered.home("vision_output")
         return self._run(shipped, self._vision_inputs(tiles)), shipped
 
-    def _run(self, shipped: Shipped, inputs: dict[str, Array]) -> StepResult:
+    def _run(self, shipped: Shipped, inputs: dict[str, Array] | Places) -> StepResult:
         result = self.evaluator.run(shipped, inputs)
         if self.on_tensor is not None:
             for tap in result.taps:
@@ -303,11 +305,15 @@ class Session:
             lambda: self._language_graph(n_tokens, n_kv, write=write),
             outputs=("result_output",),
         )
-        inputs = text_inputs(tokens, self.n_past, n_kv)
-        if self.n_images:
-            assert self.masks is not None
-            inputs = inputs | self.masks.rows(self.n_past, n_tokens)
-        result = self._run(shipped, inputs)
+        assert not self.n_images or self.masks is not None
+        masks = self.masks if self.n_images else None
+        places = self.one_token.places(shipped, n_kv) if n_tokens == 1 else None
+        if places is not None:
+            self.one_token.set(tokens[0], self.n_past, masks)
+            result = self._run(shipped, places)
+        else:
+            inputs = text_inputs(tokens, self.n_past, n_kv)
+            result = self._run(shipped, inputs | masks.rows(self.n_past, n_tokens) if masks is not None else inputs)
         self.n_past += n_tokens
         return np.frombuffer(result.outputs["result_output"], np.float32), result, shipped
 

@@ -82,3 +82,12 @@ def test_bad_logits_and_parameters() -> None:
     for bad in ({"temperature": -1.0}, {"top_p": 1.5}, {"min_p": float("nan")}, {"repeat_penalty": 0.0}, {"top_k": -1}):
         with pytest.raises(UsageError, match=next(iter(bad))):
             SamplingParams(**bad)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_greedy_is_the_same_with_and_without_its_short_way(seed: int) -> None:
+    """A penalty that reaches no token takes the long way."""
+    rng = np.random.default_rng(seed)
+    logits = rng.integers(-3, 3, 50).astype(np.float32)
+    logits[rng.integers(0, 50, 3)] = [-np.inf, np.inf, 1e30][: 1 + seed % 3] + [0] * (2 - seed % 3)
+    assert Sampler().sample(logits) == Sampler(SamplingParams(repeat_penalty=1.5)).sample(logits, [])

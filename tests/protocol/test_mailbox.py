@@ -6,7 +6,7 @@ import multiprocessing
 import struct
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from coordinator.cli.options import DEMO_MODEL
+from coordinator.runtime.session import Session, SessionOptions
+from coordinator.schedule.placement import PlacementOptions
 from protocol import mailbox as module
 from protocol import messages as m
 from protocol import sharedmem
@@ -22,7 +25,7 @@ from protocol.board import NBYTES
 from protocol.errors import ProtocolError, WorkerError
 from protocol.features import has
 from protocol.mailbox import BOX_NBYTES, CAPACITY, N_SLOTS, Mailbox
-from tests.integration.describing import fleet_of
+from tests.integration.describing import fleet_of, load
 
 pytestmark = pytest.mark.skipif(not has("mailbox"), reason="needs futex and memfd")
 
@@ -54,6 +57,16 @@ def pair(segment: sharedmem.Segment, worker: int = 0) -> Pair:
     return ours, theirs
 
 
+@pytest.fixture
+def demo_session() -> Iterator[Session]:
+    demo = load(DEMO_MODEL)
+    with fleet_of("cpu:1,accel:1") as fleet:
+        session = Session(demo.model, demo.params, fleet.topology, SessionOptions(PlacementOptions(3)))
+        session.open(fleet)
+        session.evaluate([5, 6, 7])
+        yield session
+
+
 def words(segment: sharedmem.Segment) -> Any:
     return segment.view[REQUESTS : REQUESTS + 1024].view(np.uint32)
 
@@ -72,6 +85,27 @@ def test_messages_arrive_as_they_were(segment: sharedmem.Segment) -> None:
                 assert envelope.message == message
                 assert [bytes(b) for b in envelope.buffers] == buffers
             assert not end.waiting
+
+
+@pytest.mark.parametrize("sizes", [(), (4,), (4, 0, 100)])
+def test_steps_written_in_place_are_like_others(sizes: tuple[int, ...], segment: sharedmem.Segment) -> None:
+    ours, theirs = pair(segment)
+    record = module.StepRecord(3, sizes)
+    for step in (1, 1 << 40):
+        for number, place in enumerate(record.inputs):
+            place[:] = bytes([number + step % 7]) * len(place)
+        record.set_step(step)
+        assert record.message() == m.Step(3, step)
+        assert ours.writer.post_step(record)
+        assert ours.writer.post(record.message(), record.inputs)
+        written, posted = theirs.reader.take(), theirs.reader.take()
+        assert written == posted
+        assert written.message == m.Step(3, step)
+        assert [bytes(data) for data in written.buffers] == [bytes(data) for data in record.inputs]
+    assert not ours.writer.post_step(module.StepRecord(3, (CAPACITY,)))
+    for _ in range(N_SLOTS):
+        assert ours.writer.post_step(record)
+    assert not ours.writer.post_step(record)
 
 
 def test_what_does_not_fit_passes_by_in_order(segment: sharedmem.Segment) -> None:
@@ -109,7 +143,7 @@ def test_any_traffic_keeps_its_order(
     """A number posts that many bytes, None takes; against a queue. Also where the count of messages begins again."""
     segment = sharedmem.create(module.nbytes(1), str(tmp_path_factory.mktemp("box")), "board")
     ours, theirs = pair(segment)
-    ours.writer._posted = theirs.reader._taken = at
+    ours.writer.posted = theirs.reader.taken = at
     words(segment)[[0, 16]] = at
     socket: deque[int] = deque()
     queue: deque[int] = deque()
@@ -274,6 +308,16 @@ def test_an_idle_worker_sleeps() -> None:
         busy = fleet.processes[0].vitals().cpu_s
         time.sleep(0.6)
         assert fleet.processes[0].vitals().cpu_s - busy <= 0.02
+
+
+def test_a_worker_that_has_run_sleeps(demo_session: Session) -> None:
+    """Also where it waits for the next step without Python."""
+    for _ in range(3):
+        demo_session.evaluate([5])
+    time.sleep(0.1)
+    busy = [process.vitals().cpu_s for process in demo_session.fleet.processes]
+    time.sleep(0.6)
+    assert all(p.vitals().cpu_s - b <= 0.02 for p, b in zip(demo_session.fleet.processes, busy, strict=True))
 
 
 def test_a_request_to_a_dead_worker_says_so() -> None:

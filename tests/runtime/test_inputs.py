@@ -9,6 +9,7 @@ import pytest
 
 from coordinator.model.hparams import VisionParams
 from coordinator.runtime.inputs import CrossMasks, ImageSpan, text_inputs, vision_mask
+from coordinator.runtime.one_token import TokenInputs
 
 DATA = Path(__file__).parent.parent / "data" / "ref_mllama"
 IMAGE_TOKEN = 300
@@ -64,3 +65,29 @@ def test_text_inputs_are_causal() -> None:
     assert inputs["inp_pos"].tolist() == [2, 3, 4]
     assert inputs["out_ids"].tolist() == [2]
     assert (inputs["attn_inp_kq_mask"] == 0).sum(axis=1).tolist() == [3, 4, 5]
+
+
+@pytest.mark.parametrize("images", [0, 1])
+def test_tokens_written_in_place_are_like_others(images: int) -> None:
+    """From token to token, after a jump back, and from the prompt's own positions on."""
+    masks = CrossMasks.of(VISION, [ImageSpan(2, 3)], 5) if images else None
+    others = CrossMasks.of(VISION, [ImageSpan(0, 1)], 3) if images else None
+    tables = {} if masks is None else masks.rows(0, 1)
+    places = {name: memoryview(bytearray(a.nbytes)) for name, a in (text_inputs([1], 0, 32) | tables).items()}
+    made = TokenInputs.of(places, 32)
+    assert made is not None
+    for token, n_past, mask in [
+        *((100 + n, n, masks) for n in range(2, 9)), (7, 4, masks), (8, 5, masks), (9, 6, others), (10, 7, others),
+        (10, 7, masks), (3, 31, masks), (4, 0, masks), (5, 1, masks),
+    ]:  # fmt: skip
+        made.set(token, n_past, mask)
+        expected = text_inputs([token], n_past, 32) | ({} if mask is None else mask.rows(n_past, 1))
+        assert {name: bytes(place) for name, place in places.items()} == {k: v.tobytes() for k, v in expected.items()}
+
+
+def test_inputs_that_are_not_a_tokens_are_not_written_in_place() -> None:
+    places = {name: memoryview(bytearray(a.nbytes)) for name, a in text_inputs([1], 0, 32).items()}
+    assert TokenInputs.of(places, 32) is not None
+    assert TokenInputs.of(places | {"debug": memoryview(bytearray(4))}, 32) is None
+    del places["inp_pos"]
+    assert TokenInputs.of(places, 32) is None

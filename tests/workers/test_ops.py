@@ -147,6 +147,16 @@ def test_rope(seed, half, heads, tokens, order, mode, with_factors, data):
     check(Op.ROPE, [x, positions, factors], np.zeros(x.shape, np.float32), params)
 
 
+def test_rope_by_large_angles():
+    """Turned by its position alone, (1, 0) becomes its cosine and sine, rounded once."""
+    positions = np.random.default_rng(0).integers(0, 2**31, 4096).astype(np.int32)
+    x = np.zeros((1, len(positions), 1, 2), np.float32)
+    x[..., 0] = 1
+    turned = check(Op.ROPE, [x, four(positions), None], np.zeros_like(x), (0, 2, 2, 0, 0, 1e4, 1.0, 0.0, 1.0, 0.0, 0.0))
+    exact = np.stack([np.cos(positions.astype(np.float64)), np.sin(positions.astype(np.float64))], -1)
+    assert np.abs(turned[0, :, 0].astype(np.float64) - exact).max() <= 2.0**-25 * (1 + 1e-8)
+
+
 @EXAMPLES
 @given(SEEDS, SIZES, COUNTS, COUNTS, st.sampled_from([None, np.float16, np.float32]), st.sampled_from([1, 2]))
 def test_soft_max(seed, n0, n1, heads, kind, mask_heads):

@@ -212,6 +212,10 @@ def test_features_that_are_withheld() -> None:
     assert features.detect({"CROSSDOCK_DISABLE": "avx2,fma,f16c"}) == frozenset()
     assert features.detect({"NUMBA_CPU_NAME": "generic"}) == frozenset()
     assert features.detect({"NUMBA_CPU_FEATURES": "+avx2,+fma,-avx2"}) == {"fma"}
+    wide = {"NUMBA_CPU_FEATURES": "+avx2,+fma,+f16c,+avx512f,+avx512bw,+avx512dq,+avx512vl,+avx512vnni"}
+    assert features.detect(wide) == {"avx2", "fma", "f16c", "vnni", "avx512"}
+    assert features.detect(wide | {"CROSSDOCK_DISABLE": "avx512"}) == {"avx2", "fma", "f16c", "vnni"}
+    assert features.detect(wide | {"CROSSDOCK_DISABLE": "vnni"}) == {"avx2", "fma", "f16c"}
     assert features.disabled({"CROSSDOCK_DISABLE": " AVX2,,memfd"}) == {"avx2", "memfd"}
 
 

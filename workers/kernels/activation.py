@@ -25,7 +25,7 @@ from workers.kernels.access import (
     stride,
     word,
 )
-from workers.kernels.emit import call, const, f32x8, fma, larger, smaller
+from workers.kernels.emit import call, const, fma, kind, larger, smaller
 from workers.kernels.jit import ir
 from workers.kernels.loops import Step, loops
 from workers.kernels.stage import Operand, Stage, kernel
@@ -61,12 +61,12 @@ def _gate(emit: Any) -> Step:
 
 
 def _emit_relu(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
-    return larger(b, x, const(f32x8.ir, 0.0))
+    return larger(b, x, const(x.type, 0.0))
 
 
 _apply = loops(
     {
-        UnaryOp.ABS: _one(lambda b, x: call(b, "llvm.fabs.v8f32", f32x8.ir, [x])),
+        UnaryOp.ABS: _one(lambda b, x: call(b, f"llvm.fabs.{kind(x.type)}", x.type, [x])),
         UnaryOp.NEG: _one(lambda b, x: b.fneg(x)),
         UnaryOp.TANH: _one(emit_tanh),
         UnaryOp.RELU: _one(_emit_relu),
@@ -77,7 +77,7 @@ _apply = loops(
         UnaryOp.SILU: _one(emit_silu),
         UnaryOp.EXP: _one(emit_exp),
         _SQR: lambda b, x, y, p, q: b.fmul(x, x),
-        _SQRT: lambda b, x, y, p, q: call(b, "llvm.sqrt.v8f32", f32x8.ir, [x]),
+        _SQRT: lambda b, x, y, p, q: call(b, f"llvm.sqrt.{kind(x.type)}", x.type, [x]),
         _SCALE: lambda b, x, y, p, q: fma(b, x, p, q),
         _CLAMP: lambda b, x, y, p, q: smaller(b, q, larger(b, p, x)),
     }
@@ -112,7 +112,7 @@ def unary(r: int, ith: int, nth: int) -> None:
         a = fetch(row_address(r, A, i1, i2, i3) + at * a_step, a_step, a_type, n, scratch)
         target = row_address(r, DST, i1, i2, i3) + at * o_step
         o = place(target, o_step, o_type, scratch + SEGMENT_NBYTES)
-        _apply(code, a, a, 32, o, n, p0, p1)
+        _apply(code, a, a, 4, o, n, p0, p1)
         put(o, target, o_step, o_type, n)
 
 
@@ -139,7 +139,7 @@ def gated(r: int, ith: int, nth: int) -> None:
         b = fetch(b, b_step, word(r, second + row.DTYPE), n, scratch + SEGMENT_NBYTES)
         target = row_address(r, DST, i1, i2, i3) + at * o_step
         o = place(target, o_step, o_type, scratch + 2 * SEGMENT_NBYTES)
-        _apply_gated(code, a, b, 32, o, n, _UNUSED, _UNUSED)
+        _apply_gated(code, a, b, 4, o, n, _UNUSED, _UNUSED)
         put(o, target, o_step, o_type, n)
 
 

@@ -26,7 +26,7 @@ from workers.kernels.access import (
     word,
 )
 from workers.kernels.jit import njit
-from workers.kernels.loops import loops
+from workers.kernels.loops import LANES, loops
 from workers.kernels.simd import splat_f32x8, store_f32, store_f32x8
 from workers.kernels.stage import Operand, Stage, kernel
 
@@ -58,7 +58,8 @@ def _fetch_second(r: int, i1: int, i2: int, i3: int, at: int, n: int, mode: int,
     if mode == _DIRECT:
         return fetch(base + at * step, step, dtype, n, scratch)
     if mode == _SPLAT:
-        store_f32x8(scratch, splat_f32x8(read_float(base, dtype)))
+        for i in range(0, 4 * LANES, 32):
+            store_f32x8(scratch + i, splat_f32x8(read_float(base, dtype)))
         return scratch
     period = extent(r, B, 0)
     for i in range(n):
@@ -75,7 +76,7 @@ def binary(r: int, ith: int, nth: int) -> None:
     a_type, a_step = word(r, A + row.DTYPE), stride(r, A, 0)
     o_type, o_step = word(r, DST + row.DTYPE), stride(r, DST, 0)
     scratch = word(r, row.WORK) + ith * _SCRATCH
-    b_step = 0 if mode == _SPLAT else 32
+    b_step = 0 if mode == _SPLAT else 4
     pieces = (n0 + SEGMENT - 1) // SEGMENT
     first, last = share(rows * pieces, ith, nth)
     for unit in range(first, last):

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from workers.kernels.features import HAVE_AVX2, HAVE_F16C, HAVE_VNNI
+from workers.kernels.features import HAVE, HAVE_AVX2, HAVE_F16C, HAVE_VNNI
 from workers.kernels.jit import cgutils, ir, models, register_model, types
 
 I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
-F16, F32 = ir.HalfType(), ir.FloatType()
+F16, F32, F64 = ir.HalfType(), ir.FloatType(), ir.DoubleType()
 
 
 class VectorType(types.Type):  # type: ignore[misc]
@@ -33,6 +33,9 @@ i32x8, i32x4 = VectorType("i32x8", I32, 8), VectorType("i32x4", I32, 4)
 i16x16, i16x8 = VectorType("i16x16", I16, 16), VectorType("i16x8", I16, 8)
 i8x32, i8x16 = VectorType("i8x32", I8, 32), VectorType("i8x16", I8, 16)
 mask8 = VectorType("mask8", I1, 8)
+
+HAVE_AVX512 = "avx512" in HAVE
+"""Vectors of 512 bits are registers, and there are 32 of them; HAVE_VNNI holds as well."""
 
 
 def pointer(b: ir.IRBuilder, where: ir.Value, offset: int, to: ir.Type) -> ir.Value:
@@ -61,6 +64,14 @@ def call(b: ir.IRBuilder, name: str, to: ir.Type, args: list[ir.Value]) -> ir.Va
     return b.call(cgutils.get_or_insert_function(b.module, function, name), args)
 
 
+def opaque(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    """The same i64, of which LLVM knows nothing: sums with it stay what the code says.
+
+    Offsets that many base addresses share are worth one register; LLVM would give each sum a register of its own.
+    """
+    return b.asm(ir.FunctionType(I64, [I64]), "", "=r,0", [value], False)
+
+
 def const(to: ir.Type, value: Any) -> ir.Constant:
     """A constant; for a vector type the same one in all lanes, or a list of them."""
     if isinstance(to, ir.VectorType):
@@ -80,9 +91,14 @@ def splat(b: ir.IRBuilder, scalar: ir.Value, to: ir.VectorType) -> ir.Value:
     return shuffle(b, first, None, [0] * to.count)
 
 
+def kind(to: ir.Type) -> str:
+    """How names of LLVM's intrinsics end for F32 and vectors of it."""
+    return f"v{to.count}f32" if isinstance(to, ir.VectorType) else "f32"
+
+
 def fma(b: ir.IRBuilder, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
     """x * y + z, rounded once, also where the CPU has no such instruction (then by libm)."""
-    return call(b, "llvm.fma.v8f32" if x.type == f32x8.ir else "llvm.fma.f32", x.type, [x, y, z])
+    return call(b, f"llvm.fma.{kind(x.type)}", x.type, [x, y, z])
 
 
 def widen_half(b: ir.IRBuilder, bits: ir.Value) -> ir.Value:
@@ -145,9 +161,15 @@ def narrow_bfloat(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
 
 
 def round_to_int(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
-    """F32 vector to i32, half to even, saturating; NaN becomes 0."""
-    whole = call(b, "llvm.rint.v8f32", f32x8.ir, [value])
-    return call(b, "llvm.fptosi.sat.v8i32.v8f32", i32x8.ir, [whole])
+    """F32 vector to i32, half to even, saturating; NaN becomes 0.
+
+    LLVM's own saturating conversion goes lane by lane, with branches.
+    """
+    whole, edge = call(b, "llvm.rint.v8f32", f32x8.ir, [value]), const(f32x8.ir, 2.0**31)
+    beyond = b.fcmp_ordered(">=", whole, edge)
+    inside = b.select(b.fcmp_ordered("<", whole, edge), whole, const(f32x8.ir, 0.0))
+    inside = larger(b, inside, b.fneg(edge))
+    return b.select(beyond, const(i32x8.ir, 2**31 - 1), b.fptosi(inside, i32x8.ir))
 
 
 def sum_lanes(b: ir.IRBuilder, v: ir.Value) -> ir.Value:
@@ -191,7 +213,10 @@ def multiply_bytes(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
 
 
 def multiply_shorts(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
-    """i16x16 pairs to i32x8: x[2i] * y[2i] + x[2i+1] * y[2i+1], both signed."""
+    """i16x16 pairs to i32x8: x[2i] * y[2i] + x[2i+1] * y[2i+1], both signed; i16x32 to i32x16 with HAVE_AVX512."""
+    if x.type.count == 32:
+        assert HAVE_AVX512
+        return call(b, "llvm.x86.avx512.pmaddw.d.512", ir.VectorType(I32, 16), [x, y])
     if HAVE_AVX2:
         return call(b, "llvm.x86.avx2.pmadd.wd", i32x8.ir, [x, y])
     even, odd = list(range(0, 16, 2)), list(range(1, 16, 2))
@@ -203,10 +228,14 @@ def multiply_shorts(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
 
 
 def add_products(b: ir.IRBuilder, total: ir.Value, x: ir.Value, y: ir.Value) -> ir.Value:
-    """i32x8: total + the products of four bytes each, x (i8x32) unsigned, y (i8x32) signed; only with HAVE_VNNI."""
-    assert HAVE_VNNI
-    lanes = [total, b.bitcast(x, i32x8.ir), b.bitcast(y, i32x8.ir)]  # as LLVM had it before 22; it reads that, too
-    return call(b, "llvm.x86.avx512.vpdpbusd.256", i32x8.ir, lanes)
+    """i32x8: total + the products of four bytes each, x (i8x32) unsigned, y (i8x32) signed; only with HAVE_VNNI.
+
+    With HAVE_AVX512 also twice as many lanes of each.
+    """
+    assert HAVE_AVX512 or (HAVE_VNNI and total.type.count == 8)
+    to = total.type
+    lanes = [total, b.bitcast(x, to), b.bitcast(y, to)]  # as LLVM had it before 22; it reads that, too
+    return call(b, f"llvm.x86.avx512.vpdpbusd.{32 * to.count}", to, lanes)
 
 
 def apply_sign(b: ir.IRBuilder, x: ir.Value, by: ir.Value) -> ir.Value:

@@ -16,10 +16,11 @@ from workers.kernels import image
 KNOWN = ("avx2", "fma", "f16c")
 """Features that kernels have special code for. `CROSSDOCK_DISABLE=avx2,f16c` does without; results stay the same."""
 
-MORE = ("vnni",)
-"""The same, on top of all of KNOWN."""
+MORE = ("vnni", "avx512")
+"""The same, on top of all of KNOWN: products of four bytes, and those in vectors of 512 bits."""
 
-_OF_LLVM = {"vnni": ("avx512vnni", "avxvnni")}
+_OF_LLVM: dict[str, tuple[str, ...]] = {"vnni": ("avx512vnni", "avxvnni"), "avx512": ()}
+_WIDE = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni"}
 _COMPILED = re.compile(r"@kernel|njit|IRBuilder")
 _IMPORT = re.compile(r"^from workers\.kernels(?:\.([\w.]+) import|\s+import ([\w ,]+))", re.MULTILINE)
 
@@ -35,7 +36,11 @@ def detect(environ: Mapping[str, str] = os.environ) -> frozenset[str]:
         present = {name for name, on in _host().items() if on}
     if {"avx512vnni", "avx512vl"} <= present or "avxvnni" in present:
         present.add("vnni")
+    if present >= _WIDE:
+        present.add("avx512")
     usable = frozenset((*KNOWN, *MORE)) & present - disabled(environ)
+    if "vnni" not in usable:
+        usable -= {"avx512"}
     return usable if usable >= set(KNOWN) else usable - set(MORE)
 
 
@@ -96,6 +101,8 @@ def _digest() -> str:
     digest = hashlib.sha256()
     for name, source in shared_sources().items():
         digest.update(f"{name} {len(source)} {source}".encode())
+    for name in image.LAYOUTS:
+        digest.update((Path(__file__).parents[2] / "protocol" / name).read_bytes())
     return digest.hexdigest()[:12]
 
 

@@ -27,6 +27,9 @@ import numpy.typing as npt
 from protocol.features import CPU_SWITCHES, disabled, has
 from workers.kernels.elf import Linked
 
+LAYOUTS = ("board.py", "dtypes.py", "mailbox.py", "program.py", "shadow.py")
+"""Modules of the package protocol whose numbers are compiled into kernels."""
+
 _MAGIC = b"crossdock kernels 1\n"
 _PAGE = mmap.PAGESIZE
 _CPU_LINES = ("vendor_id", "cpu family", "model", "stepping", "flags")
@@ -104,6 +107,8 @@ def _identity() -> Iterator[str]:
     for source in sorted(folder.rglob("*.py")):
         data = source.read_bytes()
         yield f"{source.relative_to(folder)} {len(data)} {hashlib.sha256(data).hexdigest()}"
+    for name in LAYOUTS:
+        yield f"{name} {hashlib.sha256((folder.parent.parent / 'protocol' / name).read_bytes()).hexdigest()}"
     for name in ("numba", "llvmlite"):
         spec = importlib.util.find_spec(name)
         if spec is None or spec.origin is None:

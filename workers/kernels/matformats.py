@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -71,42 +72,61 @@ FORMATS: dict[int, Format] = {
 """By the type's number."""
 
 
+Fetch = Callable[[int], ir.Value]
+"""32 bytes at an offset within a block, as i8x32, or one such vector with any bytes of several blocks."""
+
+
 def unpack_quants(b: ir.IRBuilder, form: Format, where: ir.Value) -> list[ir.Value]:
     """The block at `where` as vectors of 32 bytes, in the order of its elements."""
     if form.dtype == DType.Q8_0:
         quants = load(b, where, i8x32.ir, form.quants)
         return [quants if form.signed else b.xor(quants, const(i8x32.ir, -128))]
-    if form.dtype == DType.Q6_K:
-        return [v for half in (0, 1) for v in _six_bits(b, form, where, half)]
     if form.subs:
-        return [v for pair in range(4) for v in _sub_block_pair(b, form, where, pair)]
+        return unpack_super(b, form, lambda offset: load(b, where, i8x32.ir, offset))
     low = load(b, where, i8x16.ir, form.quants)
     both = shuffle(b, low, b.lshr(low, const(i8x16.ir, 4)), list(range(32)))
     nibbles = b.and_(both, const(i8x32.ir, 15))
     return [nibbles if form.high < 0 else b.or_(nibbles, _fifth_bits(b, load(b, where, I32, form.high)))]
 
 
+def super_offset(form: Format) -> tuple[int, int]:
+    """Where the bytes of a K block's quants begin, and how many times 32 there are."""
+    bits = {DType.Q4_K: 4, DType.Q5_K: 5, DType.Q6_K: 6}[form.dtype]
+    return (form.quants if form.high < 0 else min(form.quants, form.high)), bits * form.block // 8 // 32
+
+
+def unpack_super(b: ir.IRBuilder, form: Format, fetch: Fetch) -> list[ir.Value]:
+    """`unpack_quants` of a K block's bytes, byte by byte: they may also be in another order, the same in all."""
+    if form.dtype == DType.Q6_K:
+        return [v for half in (0, 1) for v in _six_bits(b, form, fetch, half)]
+    return [v for pair in range(4) for v in _sub_block_pair(b, form, fetch, pair)]
+
+
 def unpack_scales(b: ir.IRBuilder, form: Format, where: ir.Value) -> ir.Value:
     """A K block's small scales as i16x16: sixteen for Q6_K, else eight scales and eight minima."""
     if form.dtype == DType.Q6_K:
         return b.sext(load(b, where, i8x16.ir, form.scales), i16x16.ir)
-    words = [load(b, where, I32, form.scales + 4 * k) for k in range(3)]
-    six, four, two = const(I32, 0x3F3F3F3F), const(I32, 0x0F0F0F0F), const(I32, 0x03030303)
+    packed: ir.Value = const(i32x4.ir, 0)
+    for k, part in enumerate(scale_words(b, [load(b, where, I32, form.scales + 4 * k) for k in range(3)])):
+        packed = b.insert_element(packed, part, const(I32, k))
+    return b.zext(b.bitcast(packed, i8x16.ir), i16x16.ir)
+
+
+def scale_words(b: ir.IRBuilder, words: list[ir.Value]) -> list[ir.Value]:
+    """Four words of bytes, eight scales and eight minima, from the three of Q4_K and Q5_K; also of several rows."""
+    kind = words[0].type
+    six, four, two = const(kind, 0x3F3F3F3F), const(kind, 0x0F0F0F0F), const(kind, 0x03030303)
 
     def upper(low: ir.Value, high: ir.Value) -> ir.Value:  # four values of 4 bits here and 2 bits there
-        top = b.shl(b.and_(b.lshr(high, const(I32, 6)), two), const(I32, 4))
+        top = b.shl(b.and_(b.lshr(high, const(kind, 6)), two), const(kind, 4))
         return b.or_(b.and_(low, four), top)
 
-    parts = (
+    return [
         b.and_(words[0], six),
         upper(words[2], words[0]),
         b.and_(words[1], six),
-        upper(b.lshr(words[2], const(I32, 4)), words[1]),
-    )
-    packed: ir.Value = const(i32x4.ir, 0)
-    for k, part in enumerate(parts):
-        packed = b.insert_element(packed, part, const(I32, k))
-    return b.zext(b.bitcast(packed, i8x16.ir), i16x16.ir)
+        upper(b.lshr(words[2], const(kind, 4)), words[1]),
+    ]
 
 
 def _fifth_bits(b: ir.IRBuilder, bits: ir.Value) -> ir.Value:
@@ -117,20 +137,20 @@ def _fifth_bits(b: ir.IRBuilder, bits: ir.Value) -> ir.Value:
     return b.select(b.icmp_signed("!=", chosen, const(i8x32.ir, 0)), const(i8x32.ir, 16), const(i8x32.ir, 0))
 
 
-def _sub_block_pair(b: ir.IRBuilder, form: Format, where: ir.Value, pair: int) -> tuple[ir.Value, ir.Value]:
+def _sub_block_pair(b: ir.IRBuilder, form: Format, fetch: Fetch, pair: int) -> tuple[ir.Value, ir.Value]:
     """Sub-blocks 2 * pair (low nibbles) and 2 * pair + 1 of Q4_K and Q5_K."""
-    both = load(b, where, i8x32.ir, form.quants + 32 * pair)
+    both = fetch(form.quants + 32 * pair)
     low, high = b.and_(both, const(i8x32.ir, 15)), b.lshr(both, const(i8x32.ir, 4))
     if form.high < 0:
         return low, high
-    bits = load(b, where, i8x32.ir, form.high)
+    bits = fetch(form.high)
     return b.or_(low, _moved_bits(b, bits, 2 * pair, 1)), b.or_(high, _moved_bits(b, bits, 2 * pair + 1, 1))
 
 
-def _six_bits(b: ir.IRBuilder, form: Format, where: ir.Value, half: int) -> list[ir.Value]:
+def _six_bits(b: ir.IRBuilder, form: Format, fetch: Fetch, half: int) -> list[ir.Value]:
     """128 elements of Q6_K: 4 bits from 64 bytes, 2 bits from 32 bytes."""
-    first, second = (load(b, where, i8x32.ir, form.quants + 64 * half + 32 * k) for k in (0, 1))
-    bits = load(b, where, i8x32.ir, form.high + 32 * half)
+    first, second = (fetch(form.quants + 64 * half + 32 * k) for k in (0, 1))
+    bits = fetch(form.high + 32 * half)
     mask, four = const(i8x32.ir, 15), const(i8x32.ir, 4)
     lower = [b.and_(first, mask), b.and_(second, mask), b.lshr(first, four), b.lshr(second, four)]
     return [b.or_(low, _moved_bits(b, bits, 2 * k, 3)) for k, low in enumerate(lower)]

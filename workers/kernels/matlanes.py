@@ -7,10 +7,12 @@ as they lie) or from `dot_panel` (matpanels.py, weights packed), and whatever it
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from workers.kernels.emit import (
     F32,
+    HAVE_AVX512,
     I32,
     I64,
     apply_sign,
@@ -22,6 +24,7 @@ from workers.kernels.emit import (
     i32x8,
     load,
     multiply_bytes,
+    opaque,
     shuffle,
     splat,
     store,
@@ -31,11 +34,17 @@ from workers.kernels.features import HAVE_VNNI
 from workers.kernels.jit import intrinsic, ir, types
 from workers.kernels.matformats import FORMATS, Format
 
-ROWS, COLUMNS = 8, 4
-"""Of a tile."""
+ROWS = 8
+"""Of a group: what threads share, and what weights that are used where they lie are taken by."""
 
-PANELS, MAX_PANELS = 2 if HAVE_VNNI else 1, 2
-"""Panels of eight rows that a tile has, as far as there are registers; scratch memory has room for the most."""
+LANES = 16 if HAVE_AVX512 else 8
+"""Rows of a panel, one to a lane."""
+
+PANELS, COLUMNS = (1, 8) if HAVE_AVX512 else (2 if HAVE_VNNI else 1, 4)
+"""Of a tile, as far as there are registers."""
+
+MAX_GROUPS = 2
+"""Of rows in a tile, on any CPU: what scratch memory has room for."""
 
 Values = list[ir.Value]
 
@@ -74,41 +83,72 @@ def clamped_row(b: ir.IRBuilder, start: ir.Value, row: ir.Value, stride: ir.Valu
     return b.add(start, b.mul(b.select(inside, row, last), stride))
 
 
-class Column:
-    """Addresses of a column's activations: quants, a scale per block, sums per block (quantize_rows.py)."""
+def spread_rows(b: ir.IRBuilder, stride: ir.Value, n: int) -> Callable[[ir.Value], Values]:
+    """Addresses of 2 n rows from that of the first one: two registers that move and n - 1 that stay."""
+    strides = [b.mul(stride, const(I64, i)) for i in range(n + 1)]
 
-    def __init__(self, b: ir.IRBuilder, form: Format, y: ir.Value, k: ir.Value, index: ir.Value, blocks: ir.Value):
-        self.quants = b.add(y, b.mul(index, const(I64, form.block)))
-        scales = b.add(y, k)
-        self.scale = b.add(scales, b.mul(index, const(I64, 4)))
-        sums = b.add(scales, b.mul(blocks, const(I64, 4)))
-        self.sums = b.add(sums, b.mul(index, const(I64, 32 if form.subs else 4)))
+    def rows(first: ir.Value) -> Values:
+        first = opaque(b, first)
+        second = opaque(b, b.add(first, strides[n]))
+        return [b.add(start, distance) for start in (first, second) for distance in strides[:n]]
+
+    return rows
+
+
+Offsets = tuple[ir.Value, ir.Value, ir.Value]
+"""Of a block's quants, scale and sums from where its column begins."""
+
+
+def block_offsets(b: ir.IRBuilder, form: Format, k: ir.Value, index: ir.Value, blocks: ir.Value) -> Offsets:
+    """Where a block lies in any column of activations (quantize_rows.py): one register each for all of them."""
+    scale = b.add(k, b.mul(index, const(I64, 4)))
+    sums = b.add(b.add(k, b.mul(blocks, const(I64, 4))), b.mul(index, const(I64, 32 if form.subs else 4)))
+    return opaque(b, b.mul(index, const(I64, form.block))), opaque(b, scale), opaque(b, sums)
+
+
+class Column:
+    """Addresses of a block of a column's activations: quants, scale, sums."""
+
+    def __init__(self, b: ir.IRBuilder, y: ir.Value, offsets: Offsets) -> None:
+        self.quants, self.scale, self.sums = (b.add(y, offset) for offset in offsets)
+
+    def start(self, b: ir.IRBuilder, form: Format, lanes: int) -> ir.Value:
+        """What a block's integers are added to, i32 in all lanes: what quants that stand for more add too much."""
+        kind = ir.VectorType(I32, lanes)
+        if form.subs or not form.zero:
+            return const(kind, 0)
+        return splat(b, b.mul(load(b, self.sums, I32), const(I32, -form.zero)), kind)
 
 
 def accumulate(
     b: ir.IRBuilder, form: Format, total: ir.Value, exact: ir.Value, other: ir.Value | None, w: Values, column: Column
 ) -> ir.Value:
     """Add one block to the sums: `exact` are the quants' products, `other` those of the sums; w: scale and floor."""
-    factor = splat(b, load(b, column.scale, F32), f32x8.ir)
-    if form.zero:
-        if other is None:
-            other = splat(b, load(b, column.sums, I32), i32x8.ir)
-        exact = b.sub(exact, b.mul(other, const(i32x8.ir, form.zero)))
-    total = fma(b, b.fmul(w[0], factor), b.sitofp(exact, f32x8.ir), total)
+    kind = total.type
+    factor = splat(b, load(b, column.scale, F32), kind)
+    if form.zero and other is not None:
+        exact = b.sub(exact, b.mul(other, const(other.type, form.zero)))
+    total = fma(b, b.fmul(w[0], factor), b.sitofp(exact, kind), total)
     if form.floor < 0:
         return total
     if other is None:
-        return fma(b, w[1], splat(b, load(b, column.sums, F32), f32x8.ir), total)
-    return fma(b, b.fneg(b.fmul(w[1], factor)), b.sitofp(other, f32x8.ir), total)
+        return fma(b, w[1], splat(b, load(b, column.sums, F32), kind), total)
+    return fma(b, b.fneg(b.fmul(w[1], factor)), b.sitofp(other, kind), total)
 
 
 def store_rows(b: ir.IRBuilder, v: ir.Value, out: ir.Value, count: ir.Value) -> None:
-    """Write the first `count` of eight values, all eight if there are more."""
-    with b.if_else(b.icmp_signed(">=", count, const(I64, ROWS))) as (full, part):
+    """Write the first `count` of eight or sixteen values, all of them if there are more."""
+    lanes = v.type.count
+    with b.if_else(b.icmp_signed(">=", count, const(I64, lanes))) as (full, part):
         with full:
             store(b, v, out)
         with part:
-            store_part(b, v, out, count)
+            if lanes == 8:
+                store_part(b, v, out, count)
+            else:
+                for half in (0, 8):
+                    eight = shuffle(b, v, None, list(range(half, half + 8)))
+                    store_rows(b, eight, b.add(out, const(I64, 4 * half)), b.sub(count, const(I64, half)))
 
 
 def for_format(emit: Any, arguments: int) -> Any:

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from protocol.dtypes import DType
 from workers.kernels import matfloats, matquants
 from workers.kernels.matformats import FORMATS
-from workers.kernels.matlanes import MAX_PANELS
-from workers.kernels.matpanels import panel_nbytes
+from workers.kernels.matlanes import MAX_GROUPS
+from workers.kernels.matpanels import group_nbytes
 from workers.kernels.quantize_rows import QUANTIZE, column_nbytes, columns_nbytes
 from workers.kernels.stage import Operand, Stage
 
@@ -42,7 +42,7 @@ def _quantised(weights: Operand, columns: Operand, threads: int) -> tuple[Stage,
     k = weights.ne[0]
     many = columns.ne[1] > matquants.FEW
     activations = columns_nbytes(form.activation, columns.ne)
-    panel = MAX_PANELS * panel_nbytes(form, k) if many else 0
+    panel = MAX_GROUPS * group_nbytes(form, k) if many else 0
     work = activations + threads * panel
     aux = (column_nbytes(form.activation, k), activations, panel)
     quantise = Stage(QUANTIZE[form.activation], work, aux, makes=activations)

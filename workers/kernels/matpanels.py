@@ -1,8 +1,8 @@
 """Products of quantised weights with a few columns of activations, from a packed panel, as LLVM code.
 
-A panel holds eight rows. Per block: quants [chunk][8][8 rows][4 bytes], scale [8 rows] f32, floor [8 rows] f32 where
-the format has one; K formats then have their sub-block scales [sub][8 rows][2] i16, each twice, and factors of the sums
-of sixteen activations [8 pairs][8 rows][2] i16.
+A panel holds `LANES` rows. Per block: quants [chunk][8][rows][4 bytes], scale [rows] f32, floor [rows] f32 where the
+format has one; K formats then have their sub-block scales [sub][rows][2] i16, each twice, and factors of the sums of
+a sub-block's activations [pair of sub-blocks][rows][2] i16.
 """
 
 from __future__ import annotations
@@ -10,33 +10,33 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from workers.kernels.emit import (
+    F32,
+    I8,
     I16,
     I32,
     I64,
     add_products,
     const,
-    f32x8,
-    i8x32,
     i16x8,
     i16x16,
-    i32x8,
     load,
     multiply_shorts,
-    shuffle,
+    opaque,
     splat,
     store,
-    widen_half,
 )  # fmt: skip
 from workers.kernels.features import HAVE_VNNI
 from workers.kernels.jit import cgutils, ir
-from workers.kernels.matformats import Format, unpack_quants, unpack_scales
+from workers.kernels.matformats import Format
 from workers.kernels.matlanes import (
     COLUMNS,
+    LANES,
     PANELS,
     ROWS,
     Column,
     Values,
     accumulate,
+    block_offsets,
     clamped_row,
     for_format,
     multiply,
@@ -44,81 +44,23 @@ from workers.kernels.matlanes import (
 )
 
 Quants = Callable[[int], ir.Value]
-"""Vector j of eight: bytes 4 * j to 4 * j + 3 of 32 quants, for eight rows."""
+"""Vector j of eight: bytes 4 * j to 4 * j + 3 of 32 quants, for the rows of a panel."""
+
+VECTOR = 4 * LANES
+"""Bytes of one vector of a panel."""
+
+_FLOATS, _INTEGERS = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
+_SHORTS, _BYTES = ir.VectorType(I16, 2 * LANES), ir.VectorType(I8, 4 * LANES)
 
 
-def panel_block_nbytes(form: Format) -> int:
-    """Bytes of one block of eight rows in a panel."""
-    return 256 * form.chunks + 32 + 32 * (form.floor >= 0) + (32 * form.subs + 256 if form.subs else 0)
+def panel_block_vectors(form: Format) -> int:
+    """Vectors of four bytes a row that one block has in a panel."""
+    return _scales_at(form) + form.subs + form.subs // 2
 
 
-def panel_nbytes(form: Format, k: int) -> int:
-    """Bytes of a panel of eight rows of `k` elements, a multiple of 64."""
-    return -(-k // form.block * panel_block_nbytes(form) // 64) * 64
-
-
-def transpose(b: ir.IRBuilder, rows: Values) -> Values:
-    """Eight vectors of eight i32: lane r of result j is lane j of row r."""
-    pairs = []
-    for u, v in zip(rows[::2], rows[1::2], strict=True):
-        pairs.append((shuffle(b, u, v, [0, 8, 1, 9, 4, 12, 5, 13]), shuffle(b, u, v, [2, 10, 3, 11, 6, 14, 7, 15])))
-    fours = []
-    for (a, c), (d, e) in zip(pairs[::2], pairs[1::2], strict=True):
-        for u, v in ((a, d), (c, e)):
-            fours.append((u, v, [0, 1, 8, 9, 4, 5, 12, 13]))
-            fours.append((u, v, [2, 3, 10, 11, 6, 7, 14, 15]))
-    half = [shuffle(b, *four) for four in fours]
-    low = [shuffle(b, half[k], half[4 + k], [0, 1, 2, 3, 8, 9, 10, 11]) for k in range(4)]
-    return low + [shuffle(b, half[k], half[4 + k], [4, 5, 6, 7, 12, 13, 14, 15]) for k in range(4)]
-
-
-def gather_halves(b: ir.IRBuilder, rows: Values, offset: int) -> ir.Value:
-    """An F16 at `offset` from each of eight addresses, as f32x8."""
-    halves: ir.Value = ir.Constant(i16x8.ir, ir.Undefined)
-    for r, row in enumerate(rows):
-        halves = b.insert_element(halves, load(b, row, I16, offset), const(I32, r))
-    return widen_half(b, halves)
-
-
-def _pack_rows(
-    b: ir.IRBuilder, form: Format, w: ir.Value, stride: ir.Value, count: ir.Value, k: ir.Value, panel: ir.Value
-) -> None:
-    quants = cgutils.alloca_once(b, ir.ArrayType(ir.ArrayType(i32x8.ir, ROWS), form.chunks))
-    scales = cgutils.alloca_once(b, ir.ArrayType(i32x8.ir, ROWS))
-    rows = [clamped_row(b, w, const(I64, r), stride, count) for r in range(ROWS)]
-    with cgutils.for_range(b, b.udiv(k, const(I64, form.block))) as loop:
-        offset = b.mul(loop.index, const(I64, form.nbytes))
-        here = [b.add(row, offset) for row in rows]
-        to = b.add(panel, b.mul(loop.index, const(I64, panel_block_nbytes(form))))
-        for r, row in enumerate(here):
-            for chunk, v in enumerate(unpack_quants(b, form, row)):
-                b.store(b.bitcast(v, i32x8.ir), cgutils.gep_inbounds(b, quants, 0, chunk, r))
-            if form.subs:
-                b.store(b.bitcast(unpack_scales(b, form, row), i32x8.ir), cgutils.gep_inbounds(b, scales, 0, r))
-        with cgutils.for_range(b, const(I64, form.chunks)) as inner:
-            vectors = [b.load(cgutils.gep_inbounds(b, quants, 0, inner.index, r)) for r in range(ROWS)]
-            chunk_to = b.add(to, b.mul(inner.index, const(I64, 256)))
-            for j, v in enumerate(transpose(b, vectors)):
-                store(b, v, chunk_to, 32 * j)
-        factors = [gather_halves(b, here, at) for at in (form.scale, form.floor) if at >= 0]
-        if form.subs:
-            pairs = [b.load(cgutils.gep_inbounds(b, scales, 0, r)) for r in range(ROWS)]
-            factors += _spread_scales(b, form, transpose(b, pairs))
-        for i, v in enumerate(factors):
-            store(b, v, to, 256 * form.chunks + 32 * i)
-
-
-def _spread_scales(b: ir.IRBuilder, form: Format, pairs: Values) -> Values:
-    """Pairs of small scales by row, as i32, to what a panel holds: each scale twice, and factors of the sums."""
-    half, upper = const(i32x8.ir, 16), const(i32x8.ir, -65536)
-
-    def twice(pair: ir.Value) -> Values:
-        low = b.and_(pair, const(i32x8.ir, 65535))
-        return [b.or_(low, b.shl(pair, half)), b.or_(b.lshr(pair, half), b.and_(pair, upper))]
-
-    if form.subs == 16:
-        return [v for pair in pairs for v in twice(pair)] + pairs
-    return [v for pair in pairs for v in twice(pair)]
+def group_nbytes(form: Format, k: int) -> int:
+    """Bytes that eight rows of `k` elements take in a panel, a multiple of 64."""
+    return -(-k // form.block * 32 * panel_block_vectors(form) // 64) * 64
 
 
 def _dot_panels(
@@ -126,44 +68,50 @@ def _dot_panels(
     columns: ir.Value, k: ir.Value, out: ir.Value, out_stride: ir.Value,
 ) -> None:  # fmt: skip
     blocks = b.udiv(k, const(I64, form.block))
-    step = b.mul(blocks, const(I64, panel_block_nbytes(form)))
-    panels = [b.add(panel, b.mul(_to_line(b, step), const(I64, p))) for p in range(PANELS)]
+    size = const(I64, VECTOR * panel_block_vectors(form))
+    step = _to_line(b, b.mul(blocks, size))
+    panels = [b.add(panel, b.mul(step, const(I64, p))) for p in range(PANELS)]
     starts = [clamped_row(b, y, const(I64, c), y_stride, columns) for c in range(COLUMNS)]
     tile = [(p, c) for p in range(PANELS) for c in range(COLUMNS)]
-    totals = [cgutils.alloca_once_value(b, const(f32x8.ir, 0.0)) for _ in tile]
+    totals = [cgutils.alloca_once_value(b, const(_FLOATS, 0.0)) for _ in tile]
+    rooms = [cgutils.alloca_once(b, i16x8.ir) if form.subs == 8 else None for _ in range(COLUMNS)]
     with cgutils.for_range(b, blocks) as loop:
-        offset = b.mul(loop.index, const(I64, panel_block_nbytes(form)))
+        offset = b.mul(loop.index, size)
         here = [b.add(start, offset) for start in panels]
-        cols = [Column(b, form, start, k, loop.index, blocks) for start in starts]
-        exact = (_super_tile if form.subs else _plain_tile)(b, form, here, cols)
-        at = range(256 * form.chunks, 256 * form.chunks + 32 * (1 + (form.floor >= 0)), 32)
-        scales = [[load(b, start, f32x8.ir, offset) for offset in at] for start in here]
+        offsets = block_offsets(b, form, k, loop.index, blocks)
+        cols = [Column(b, start, offsets) for start in starts]
+        exact = _super_tile(b, form, here, starts, offsets[0]) if form.subs else _plain_tile(b, form, here, cols)
+        at = range(8 * form.chunks, _scales_at(form))
+        scales = [[load(b, start, _FLOATS, VECTOR * i) for i in at] for start in here]
+        sums = [_sums_of_subs(b, column, room) for column, room in zip(cols, rooms, strict=True)]
         for i, (p, c) in enumerate(tile):
-            other = _factored_sums(b, form, here[p], cols[c]) if form.subs else None
+            other = _factored_sums(b, form, here[p], sums[c]) if form.subs else None
             b.store(accumulate(b, form, b.load(totals[i]), exact[i], other, scales[p], cols[c]), totals[i])
     for i, (p, c) in enumerate(tile):
-        to = b.add(clamped_row(b, out, const(I64, c), out_stride, columns), const(I64, 4 * ROWS * p))
-        store_rows(b, b.load(totals[i]), to, b.sub(count, const(I64, ROWS * p)))
+        to = b.add(clamped_row(b, out, const(I64, c), out_stride, columns), const(I64, VECTOR * p))
+        store_rows(b, b.load(totals[i]), to, b.sub(count, const(I64, LANES * p)))
 
 
 def _to_line(b: ir.IRBuilder, nbytes: ir.Value) -> ir.Value:
-    """Up to a multiple of 64, as `panel_nbytes` does it."""
+    """Up to a multiple of 64, as `group_nbytes` does it."""
     return b.and_(b.add(nbytes, const(I64, 63)), const(I64, -64))
 
 
-def chunk_tile(b: ir.IRBuilder, form: Format, panels: list[Quants], cols: Values, scales: list[Values]) -> Values:
-    """Integer sums of 32 elements for eight rows of each panel and the columns at `cols`, panel after panel.
+def chunk_tile(
+    b: ir.IRBuilder, form: Format, panels: list[Quants], cols: Values, scales: list[Values], starts: Values
+) -> Values:
+    """Integer sums of 32 elements for the rows of each panel and the columns at `cols`, panel after panel.
 
-    `quants(j)` of a panel is i8x32 [8 rows][4 bytes]; its `scales` are i16x16 [8 rows][2], one or two for the chunk,
-    none for 1.
+    `quants(j)` of a panel is bytes [rows][4]; its `scales` are i16 [rows][2], one or two for the chunk, none for 1.
+    `starts`: what the sums of each column are added to, where there are no scales.
     """
     if HAVE_VNNI:
-        return _chunk_of_fours(b, panels, cols, scales)
+        return _chunk_of_fours(b, panels, cols, scales, starts)
     n = len(cols)
-    sums: list[ir.Value | None] = [None] * (n * len(panels))
+    sums: list[ir.Value | None] = [None if scales[0] else start for _ in panels for start in starts]
     shorts: list[ir.Value | None] = [None] * (n * len(panels))
     for j in range(8):
-        values = [_four_bytes(b, column, j) for column in cols]
+        values = [_four_bytes(b, column, j, ROWS) for column in cols]
         for p, quants in enumerate(panels):
             x, own = quants(j), scales[p] or [const(i16x16.ir, 1)]
             for i, y in enumerate(values, start=n * p):
@@ -176,14 +124,18 @@ def chunk_tile(b: ir.IRBuilder, form: Format, panels: list[Quants], cols: Values
     return sums
 
 
-def _chunk_of_fours(b: ir.IRBuilder, panels: list[Quants], cols: Values, scales: list[Values]) -> Values:
+def _chunk_of_fours(
+    b: ir.IRBuilder, panels: list[Quants], cols: Values, scales: list[Values], starts: Values
+) -> Values:
     """`chunk_tile`, four bytes at a time. Both of a row's i16 are its scale: the upper one is the scale as i32."""
-    n = len(cols)
-    factors = [[b.ashr(b.bitcast(v, i32x8.ir), const(i32x8.ir, 16)) for v in own] for own in scales]
+    n, kind = len(cols), starts[0].type
+    if n * len(panels) == 1 and not scales[0]:
+        return [_two_chains(b, panels[0], cols[0], starts[0])]
+    factors = [[b.ashr(b.bitcast(v, kind), const(kind, 16)) for v in own] for own in scales]
     sums: list[ir.Value | None] = [None] * (n * len(panels))
-    totals: Values = [const(i32x8.ir, 0) for _ in sums]
+    totals = [const(kind, 0) if scales[0] else start for _ in panels for start in starts]
     for j in range(8):
-        values = [_four_bytes(b, column, j) for column in cols]
+        values = [_four_bytes(b, column, j, kind.count) for column in cols]
         for p, quants in enumerate(panels):
             x, own = quants(j), factors[p]
             for i, y in enumerate(values, start=n * p):
@@ -191,59 +143,79 @@ def _chunk_of_fours(b: ir.IRBuilder, panels: list[Quants], cols: Values, scales:
                 if own and (j + 1) % (8 // len(own)) == 0:
                     more, sofar = b.mul(totals[i], own[j * len(own) // 8]), sums[i]
                     sums[i] = more if sofar is None else b.add(sofar, more)
-                    totals[i] = const(i32x8.ir, 0)
+                    totals[i] = const(kind, 0)
     return sums if scales[0] else totals
 
 
-def _four_bytes(b: ir.IRBuilder, column: ir.Value, j: int) -> ir.Value:
+def _two_chains(b: ir.IRBuilder, quants: Quants, column: ir.Value, start: ir.Value) -> ir.Value:
+    """A tile of one: a sum that waits for the one before it takes four cycles, so there are two of them."""
+    totals = [start, const(start.type, 0)]
+    for j in range(4):
+        for half in (0, 1):
+            y = _four_bytes(b, column, j + 4 * half, start.type.count)
+            totals[half] = add_products(b, totals[half], quants(j + 4 * half), y)
+    return b.add(*totals)
+
+
+def _four_bytes(b: ir.IRBuilder, column: ir.Value, j: int, rows: int) -> ir.Value:
     """Activations 4 * j to 4 * j + 3 for each of the rows."""
-    return b.bitcast(splat(b, load(b, column, I32, 4 * j), i32x8.ir), i8x32.ir)
+    return b.bitcast(splat(b, load(b, column, I32, 4 * j), ir.VectorType(I32, rows)), ir.VectorType(I8, 4 * rows))
 
 
 def _at(b: ir.IRBuilder, quants: ir.Value) -> Quants:
-    return lambda j: load(b, quants, i8x32.ir, 32 * j)
+    return lambda j: load(b, quants, _BYTES, VECTOR * j)
 
 
 def _plain_tile(b: ir.IRBuilder, form: Format, here: Values, cols: list[Column]) -> Values:
-    return chunk_tile(
-        b, form, [_at(b, start) for start in here], [column.quants for column in cols], [[] for _ in here]
-    )
+    panels, starts = [_at(b, start) for start in here], [column.start(b, form, LANES) for column in cols]
+    return chunk_tile(b, form, panels, [column.quants for column in cols], [[] for _ in here], starts)
 
 
-def _super_tile(b: ir.IRBuilder, form: Format, here: Values, cols: list[Column]) -> Values:
-    """Integer sums of a block of 256 for eight rows of each panel and a few columns."""
-    sums = [cgutils.alloca_once(b, i32x8.ir) for _ in here for _ in cols]
+def _super_tile(b: ir.IRBuilder, form: Format, here: Values, ys: Values, quants: ir.Value) -> Values:
+    """Integer sums of a block of 256 for the rows of each panel and a few columns."""
+    zero = const(_INTEGERS, 0)
+    sums = [cgutils.alloca_once(b, _INTEGERS) for _ in here for _ in ys]
     for total in sums:
-        b.store(const(i32x8.ir, 0), total)
+        b.store(zero, total)
     per_chunk = form.subs // form.chunks
     with cgutils.for_range(b, const(I64, form.chunks)) as loop:
         panels, scales = [], []
         for start in here:
-            panels.append(_at(b, b.add(start, b.mul(loop.index, const(I64, 256)))))
-            small = b.add(start, b.mul(loop.index, const(I64, 32 * per_chunk)))
-            scales.append([load(b, small, i16x16.ir, _scales_offset(form) + 32 * i) for i in range(per_chunk)])
-        starts = [b.add(column.quants, b.mul(loop.index, const(I64, 32))) for column in cols]
-        for total, more in zip(sums, chunk_tile(b, form, panels, starts, scales), strict=True):
-            b.store(b.add(b.load(total), more), total)
+            panels.append(_at(b, b.add(start, b.mul(loop.index, const(I64, 8 * VECTOR)))))
+            small = b.add(start, b.mul(loop.index, const(I64, VECTOR * per_chunk)))
+            scales.append([load(b, small, _SHORTS, VECTOR * (_scales_at(form) + i)) for i in range(per_chunk)])
+        offset = opaque(b, b.add(quants, b.mul(loop.index, const(I64, 32))))
+        starts = [b.add(y, offset) for y in ys]
+        more = chunk_tile(b, form, panels, starts, scales, [zero] * len(ys))
+        for total, value in zip(sums, more, strict=True):
+            b.store(b.add(b.load(total), value), total)
     return [b.load(total) for total in sums]
 
 
-def _scales_offset(form: Format) -> int:
-    """Where the sub-block scales lie within a panel's block."""
-    return 256 * form.chunks + 32 + 32 * (form.floor >= 0)
+def _scales_at(form: Format) -> int:
+    """Which of a block's vectors is the first one of sub-block scales: those before it are quants, scale and floor."""
+    return 8 * form.chunks + 1 + (form.floor >= 0)
 
 
-def _factored_sums(b: ir.IRBuilder, form: Format, here: ir.Value, column: Column) -> ir.Value:
-    """Factors times sums of sixteen activations: minima of Q4_K and Q5_K, scales of Q6_K."""
-    total: ir.Value = const(i32x8.ir, 0)
-    for pair in range(8):
-        factors = load(b, here, i16x16.ir, _scales_offset(form) + 32 * (form.subs + pair))
-        sums = b.bitcast(splat(b, load(b, column.sums, I32, 4 * pair), i32x8.ir), i16x16.ir)
-        total = b.add(total, multiply_shorts(b, factors, sums))
+def _factored_sums(b: ir.IRBuilder, form: Format, here: ir.Value, sums: ir.Value) -> ir.Value:
+    """Factors times sums of sub-blocks' activations: minima of Q4_K and Q5_K, scales of Q6_K."""
+    total: ir.Value = const(_INTEGERS, 0)
+    for pair in range(form.subs // 2):
+        factors = load(b, here, _SHORTS, VECTOR * (_scales_at(form) + form.subs + pair))
+        both = b.bitcast(splat(b, load(b, sums, I32, 4 * pair), _INTEGERS), _SHORTS)
+        total = b.add(total, multiply_shorts(b, factors, both))
     return total
 
 
-pack_rows = for_format(_pack_rows, 5)
-"""(format, weights, stride, rows <= 8, k, panel)"""
+def _sums_of_subs(b: ir.IRBuilder, column: Column, room: ir.Value | None) -> ir.Value:
+    """Address of a block's sums of activations; with `room` for them, of those by 32 elements instead of sixteen."""
+    if room is None:
+        return column.sums
+    pairs = multiply_shorts(b, load(b, column.sums, i16x16.ir), const(i16x16.ir, 1))
+    where = b.ptrtoint(room, I64)
+    store(b, b.trunc(pairs, i16x8.ir), where)
+    return where
+
+
 dot_panels = for_format(_dot_panels, 8)
 """(format, PANELS panels, rows that exist, columns at y, their stride, columns that exist, k, out, out's stride)"""

@@ -10,14 +10,17 @@ from protocol.dtypes import DType
 from workers.kernels import row as words
 from workers.kernels.access import extent, row_address, share, stride, word
 from workers.kernels.jit import njit
-from workers.kernels.matlanes import COLUMNS, MAX_PANELS, PANELS, ROWS
-from workers.kernels.matpanels import dot_panels, pack_rows
+from workers.kernels.matlanes import COLUMNS, LANES, MAX_GROUPS, PANELS, ROWS
+from workers.kernels.matpack import pack_rows
+from workers.kernels.matpanels import dot_panels
 from workers.kernels.matrows import dot_rows
+from workers.kernels.simd import prefetch
 from workers.kernels.stage import OPTIONS, Kernel, kernel
 
 FEW = 2
 """Up to so many columns weights are used where they lie; more are worth packing them."""
 
+_GROUPS = PANELS * LANES // ROWS
 _W, _Y = words.SRC[0], words.SRC[1]
 _Q4_0 = int(DType.Q4_0)
 _Q4_1 = int(DType.Q4_1)
@@ -69,19 +72,25 @@ def _many_columns(row: int, ith: int, nth: int, form: int) -> None:
     first, last = share(units, ith, nth)
     n, k, m, distance = extent(row, _W, 1), extent(row, _W, 0), extent(row, _Y, 1), word(row, words.AUX)
     panel = word(row, words.WORK) + word(row, words.AUX + 1) + ith * word(row, words.AUX + 2)
+    apart = 4 * ROWS if LANES > ROWS else word(row, words.AUX + 2) // MAX_GROUPS
     w_step, out_step = stride(row, _W, 1), stride(row, words.DST, 1)
     unit = first
     while unit < last:
         weights, y, out = _batch(row, unit // groups)
         group = unit % groups
-        several = min(PANELS, groups - group, last - unit)
+        several = min(_GROUPS, groups - group, last - unit)
         unit += several
         rows = min(n - ROWS * group, ROWS * several)
         for p in range(several):
-            to = panel + p * (word(row, words.AUX + 2) // MAX_PANELS)
-            pack_rows(form, weights + ROWS * (group + p) * w_step, w_step, rows - ROWS * p, k, to)
+            w = weights + ROWS * (group + p) * w_step
+            pack_rows(form, w, w_step, rows - ROWS * p, k, panel + p * apart)
+        ahead = weights + ROWS * (group + several) * w_step  # the next rows, asked for while these are used
+        lines = (ROWS * _GROUPS * COLUMNS * min(w_step, 2 * k) // 64 + m - 1) // m
         for c in range(0, m, COLUMNS):
             to = out + 4 * ROWS * group + c * out_step
+            for _ in range(lines):
+                prefetch(ahead)
+                ahead += 64
             dot_panels(form, panel, rows, y + c * distance, distance, m - c, k, to, out_step)
 
 

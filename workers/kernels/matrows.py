@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from protocol.dtypes import DType
 from workers.kernels.emit import (
     I16,
@@ -11,7 +13,6 @@ from workers.kernels.emit import (
     i8x32,
     i16x8,
     i16x16,
-    i32x4,
     i32x8,
     load,
     multiply_shorts,
@@ -26,13 +27,16 @@ from workers.kernels.matlanes import (
     Column,
     Values,
     accumulate,
+    block_offsets,
     clamped_row,
     for_format,
     multiply,
     reduce_rows,
+    spread_rows,
     store_rows,
 )
-from workers.kernels.matpanels import chunk_tile, gather_halves, transpose
+from workers.kernels.matpack import gather_halves, transpose, turned_halves
+from workers.kernels.matpanels import chunk_tile
 
 STRIP = 32
 """Blocks of eight rows whose exact sums are kept before they are added up: 16 KB at most."""
@@ -75,21 +79,40 @@ def _add_blocks(
     k: ir.Value,
 ) -> None:
     """Blocks of 32: eight rows at once, turned so that each has a lane, in registers."""
+    with b.if_else(b.icmp_signed(">=", count, const(I64, ROWS))) as (full, part):
+        with full:
+            rows = spread_rows(b, stride, ROWS // 2)
+            _add_each_block(b, form, total, lambda offset: rows(b.add(w, offset)), stride, y, k)
+        with part:
+            clamped = [clamped_row(b, w, const(I64, r), stride, count) for r in range(ROWS)]
+            _add_each_block(b, form, total, lambda offset: [b.add(row, offset) for row in clamped], stride, y, k)
+
+
+def _add_each_block(
+    b: ir.IRBuilder,
+    form: Format,
+    total: ir.Value,
+    rows: Callable[[ir.Value], Values],
+    stride: ir.Value,
+    y: ir.Value,
+    k: ir.Value,
+) -> None:
+    """`rows(offset)`: addresses of the eight rows' bytes from `offset` on."""
     blocks = b.udiv(k, const(I64, form.block))
-    rows = [clamped_row(b, w, const(I64, r), stride, count) for r in range(ROWS)]
     ahead = b.mul(stride, const(I64, ROWS))  # the next eight rows are asked for while these are used
     for short in (4096, 8192):  # those behind them where rows are short: memory takes a while
         ahead = b.select(b.icmp_signed("<", ahead, const(I64, short)), b.shl(ahead, const(I64, 1)), ahead)
     with cgutils.for_range(b, blocks) as loop:
         offset = b.mul(loop.index, const(I64, form.nbytes))
-        here = [b.add(row, offset) for row in rows]
+        here = rows(offset)
         turn = b.and_(loop.index, const(I64, 1 if form.nbytes <= 32 else 0))
         with b.if_then(b.icmp_signed("==", turn, const(I64, 0))):  # about once per line
-            for row in here:
-                prefetch_line(b, b.add(row, ahead))
-        column = Column(b, form, y, k, loop.index, blocks)
+            for line in rows(b.add(offset, ahead)):
+                prefetch_line(b, line)
+        column = Column(b, y, block_offsets(b, form, k, loop.index, blocks))
         turned = _turned_quants(b, form, here)
-        exact = chunk_tile(b, form, [turned.__getitem__], [column.quants], [[]])[0]
+        start = column.start(b, form, ROWS)
+        exact = chunk_tile(b, form, [turned.__getitem__], [column.quants], [[]], [start])[0]
         scales = [gather_halves(b, here, at) for at in (form.scale, form.floor) if at >= 0]
         b.store(accumulate(b, form, b.load(total), exact, None, scales, column), total)
 
@@ -100,22 +123,10 @@ def _turned_quants(b: ir.IRBuilder, form: Format, rows: Values) -> Values:
         whole = [b.bitcast(unpack_quants(b, form, row)[0], i32x8.ir) for row in rows]
         return [b.bitcast(v, i8x32.ir) for v in transpose(b, whole)]
     if form.dtype == DType.Q8_0:
-        quants = _turned_halves(b, rows, form.quants) + _turned_halves(b, rows, form.quants + 16)
+        quants = turned_halves(b, rows, form.quants) + turned_halves(b, rows, form.quants + 16)
         return quants if form.signed else [b.xor(v, const(i8x32.ir, -128)) for v in quants]
-    nibbles, four, mask = _turned_halves(b, rows, form.quants), const(i8x32.ir, 4), const(i8x32.ir, 15)
+    nibbles, four, mask = turned_halves(b, rows, form.quants), const(i8x32.ir, 4), const(i8x32.ir, 15)
     return [b.and_(v, mask) for v in nibbles] + [b.lshr(v, four) for v in nibbles]
-
-
-def _turned_halves(b: ir.IRBuilder, rows: Values, offset: int) -> Values:
-    """Four vectors i8x32 [8 rows][4 bytes] of the sixteen bytes at `offset` from eight addresses."""
-    parts = [load(b, row, i32x4.ir, offset) for row in rows]
-    pairs = [shuffle(b, parts[r], parts[r + 4], list(range(8))) for r in range(4)]
-    low = [shuffle(b, pairs[r], pairs[r + 1], [0, 8, 1, 9, 4, 12, 5, 13]) for r in (0, 2)]
-    high = [shuffle(b, pairs[r], pairs[r + 1], [2, 10, 3, 11, 6, 14, 7, 15]) for r in (0, 2)]
-    turned = []
-    for u, v in (low, high):
-        turned += [shuffle(b, u, v, [0, 1, 8, 9, 4, 5, 12, 13]), shuffle(b, u, v, [2, 3, 10, 11, 6, 7, 14, 15])]
-    return [b.bitcast(v, i8x32.ir) for v in turned]
 
 
 def _add_supers(
@@ -139,11 +150,11 @@ def _add_supers(
         with cgutils.for_range(b, const(I64, ROWS)) as rows:
             line = b.add(clamped_row(b, w, rows.index, stride, count), b.mul(start, const(I64, form.nbytes)))
             with cgutils.for_range(b, length) as loop:
-                column = Column(b, form, y, k, b.add(start, loop.index), blocks)
+                column = Column(b, y, block_offsets(b, form, k, b.add(start, loop.index), blocks))
                 here = b.add(line, b.mul(loop.index, const(I64, form.nbytes)))
                 _row_sums(b, form, here, ahead, column, strip, loop.index, rows.index)
         with cgutils.for_range(b, length) as loop:
-            column = Column(b, form, y, k, b.add(start, loop.index), blocks)
+            column = Column(b, y, block_offsets(b, form, k, b.add(start, loop.index), blocks))
             exact, other, scales = _strip_sums(b, form, strip, loop.index)
             b.store(accumulate(b, form, b.load(total), exact, other, scales, column), total)
 

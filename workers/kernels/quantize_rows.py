@@ -17,8 +17,10 @@ from workers.kernels.jit import float32, int16, njit
 from workers.kernels.matformats import Activation
 from workers.kernels.simd import (
     abs_f32x8,
+    add_f32x8,
     add_i32x8,
     fma_f32x8,
+    less_f32x8,
     load_f16,
     load_f32,
     load_f32x8,
@@ -26,11 +28,13 @@ from workers.kernels.simd import (
     max_of_f32x8,
     mul_f32x8,
     narrow_i32x8,
+    select_f32x8,
     splat_f32x8,
     store_f16,
     store_f32,
     store_i16,
     store_i32,
+    sub_f32x8,
     sum_f32x8,
     sum_i32x8,
     to_i32x8,
@@ -76,17 +80,22 @@ def quantize_32(x: int, quants: int, scale: int, sums: int, with_scale: bool) ->
 @njit(**OPTIONS)
 def quantize_256(x: int, quants: int, scale: int, sums: int) -> None:
     """One block of 256: the element of the largest magnitude becomes -127, so the scale may be negative."""
-    size, nothing, zero = zero_f32x8(), zero_f32x8(), zero_f32x8()
-    for i in range(32):
-        v = load_f32x8(x + 32 * i)
-        size = max_f32x8(abs_f32x8(v), size)
-        nothing = fma_f32x8(v, zero, nothing)
-    largest = max_of_f32x8(size)
-    signed = float32(0)
-    for i in range(256):
-        signed = load_f32(x + 4 * i)
-        if abs(signed) == largest:
-            break
+    size, first, zero = zero_f32x8(), zero_f32x8(), zero_f32x8()
+    even, odd = zero_f32x8(), zero_f32x8()  # become NaN if an element is infinite
+    for i in range(0, 32, 2):
+        v0, v1 = load_f32x8(x + 32 * i), load_f32x8(x + 32 * i + 32)
+        first = select_f32x8(less_f32x8(size, abs_f32x8(v0)), v0, first)
+        size = max_f32x8(abs_f32x8(v0), size)
+        first = select_f32x8(less_f32x8(size, abs_f32x8(v1)), v1, first)
+        size = max_f32x8(abs_f32x8(v1), size)
+        even, odd = fma_f32x8(v0, zero, even), fma_f32x8(v1, zero, odd)
+    nothing, largest = add_f32x8(even, odd), max_of_f32x8(size)
+    signed = largest if max_of_f32x8(first) == largest else -largest
+    if signed == max_of_f32x8(sub_f32x8(zero, first)):  # both signs: the first element of all decides
+        for i in range(256):
+            signed = load_f32(x + 4 * i)
+            if abs(signed) == largest:
+                break
     inverse = float32(-127) / signed if largest != float32(0) else float32(0)
     d = float32(1) / inverse if largest != float32(0) else float32(0)
     factor = splat_f32x8(inverse)
@@ -103,48 +112,61 @@ _Y = words.SRC[1]
 
 
 @njit(**OPTIONS)
-def _block(row: int, unit: int, size: int, block_sums: int) -> tuple[int, int, int, int]:
-    """Addresses of block `unit` of all columns' blocks: source, quants, scale, sums."""
-    k = extent(row, _Y, 0)
-    blocks = k // size
-    column, index = unit // blocks, unit % blocks
+def _column(row: int, column: int) -> tuple[int, int]:
+    """Addresses of a column's elements, and of its place in scratch memory."""
     i1, outer = column % extent(row, _Y, 1), column // extent(row, _Y, 1)
-    x = row_address(row, _Y, i1, outer % extent(row, _Y, 2), outer // extent(row, _Y, 2)) + index * size * 4
-    to = word(row, words.WORK) + column * word(row, words.AUX)
-    return x, to + index * size, to + k + 4 * index, to + k + 4 * blocks + block_sums * index
+    x = row_address(row, _Y, i1, outer % extent(row, _Y, 2), outer // extent(row, _Y, 2))
+    return x, word(row, words.WORK) + column * word(row, words.AUX)
 
 
 @njit(**OPTIONS)
-def _share_of_blocks(row: int, size: int, ith: int, nth: int) -> tuple[int, int]:
+def _share_of_blocks(row: int, blocks: int, ith: int, nth: int) -> tuple[int, int]:
+    """The thread's part of all columns' blocks, which follow each other."""
     columns = extent(row, _Y, 1) * extent(row, _Y, 2) * extent(row, _Y, 3)
-    return share(columns * (extent(row, _Y, 0) // size), ith, nth)
+    return share(columns * blocks, ith, nth)
+
+
+@njit(inline="always")
+def _quantize_32(row: int, ith: int, nth: int, with_scale: bool) -> None:
+    k = extent(row, _Y, 0)
+    blocks = k // 32
+    unit, last = _share_of_blocks(row, blocks, ith, nth)
+    while unit < last:  # column after column: divisions take as long as a block
+        column = unit // blocks
+        x, to = _column(row, column)
+        index = unit - column * blocks
+        end = min(blocks, index + last - unit)
+        unit += end - index
+        for i in range(index, end):
+            quantize_32(x + 128 * i, to + 32 * i, to + k + 4 * i, to + k + 4 * (blocks + i), with_scale)
 
 
 @kernel
 def quantize_q8_0(row: int, ith: int, nth: int) -> None:
     """All columns of source 1 to scratch memory; AUX[0] is the distance of columns."""
-    first, last = _share_of_blocks(row, 32, ith, nth)
-    for unit in range(first, last):
-        x, quants, scale, sums = _block(row, unit, 32, 4)
-        quantize_32(x, quants, scale, sums, False)
+    _quantize_32(row, ith, nth, False)
 
 
 @kernel
 def quantize_q8_1(row: int, ith: int, nth: int) -> None:
     """As `quantize_q8_0`, for weights with a minimum per block."""
-    first, last = _share_of_blocks(row, 32, ith, nth)
-    for unit in range(first, last):
-        x, quants, scale, sums = _block(row, unit, 32, 4)
-        quantize_32(x, quants, scale, sums, True)
+    _quantize_32(row, ith, nth, True)
 
 
 @kernel
 def quantize_q8_k(row: int, ith: int, nth: int) -> None:
     """As `quantize_q8_0`, for K weights."""
-    first, last = _share_of_blocks(row, 256, ith, nth)
-    for unit in range(first, last):
-        x, quants, scale, sums = _block(row, unit, 256, 32)
-        quantize_256(x, quants, scale, sums)
+    k = extent(row, _Y, 0)
+    blocks = k // 256
+    unit, last = _share_of_blocks(row, blocks, ith, nth)
+    while unit < last:
+        column = unit // blocks
+        x, to = _column(row, column)
+        index = unit - column * blocks
+        end = min(blocks, index + last - unit)
+        unit += end - index
+        for i in range(index, end):
+            quantize_256(x + 1024 * i, to + 256 * i, to + k + 4 * i, to + k + 4 * blocks + 32 * i)
 
 
 QUANTIZE: dict[Activation, Kernel] = {"q8_0": quantize_q8_0, "q8_1": quantize_q8_1, "q8_K": quantize_q8_k}

@@ -21,7 +21,7 @@ from workers.kernels.access import (
     stride,
     word,
 )
-from workers.kernels.jit import float32, float64, njit
+from workers.kernels.jit import float64, njit
 from workers.kernels.simd import (
     fma_f32x8,
     load_f32,
@@ -32,9 +32,10 @@ from workers.kernels.simd import (
     store_f32,
     store_f32x8,
     store_f32x8_part,
+    store_f64,
 )
 from workers.kernels.stage import Operand, Stage, kernel
-from workers.kernels.vecmath import neg8, swap_pairs8
+from workers.kernels.vecmath import alternate8, neg8, spread_high8, spread_low8, swap_pairs8, turn8
 
 DST, A, POSITIONS, FACTORS = row.DST, row.SRC[0], row.SRC[1], row.SRC[2]
 _NEOX = 2
@@ -42,31 +43,32 @@ _MODES = (0, _NEOX)
 
 
 @njit(**INNER)
-def _angles(r: int, position: float, n_dims: int, mode: int, cos: int, sin: int) -> None:
-    """Fill the tables of a position, in float64 but for the result.
+def _angles(r: int, position: float, step: float, n_dims: int, mode: int, cos: int, sin: int, angles: int) -> None:
+    """Fill the tables of a position, in float64 but for the result; `step` leads from one frequency to the next.
 
     Mode 0: n_dims values each, one per element, the sine's sign turned for the first of a pair; mode 2: n_dims / 2
     values each, one per pair.
     """
-    base, scale = float64(float_param(r, 5)), float64(float_param(r, 6))
-    magnitude = float64(float_param(r, 8))
-    step = math.pow(base, -2.0 / n_dims)
-    frequency = scale
+    frequency = float64(float_param(r, 6))
     factors = word(r, FACTORS)
     for i in range(n_dims // 2):
         angle = position * frequency
         if factors != 0:
             angle /= float64(load_f32(factors + i * stride(r, FACTORS, 0)))
-        c, s = float32(math.cos(angle) * magnitude), float32(math.sin(angle) * magnitude)
-        if mode == _NEOX:
-            store_f32(cos + 4 * i, c)
-            store_f32(sin + 4 * i, s)
-        else:
-            store_f32(cos + 8 * i, c)
-            store_f32(cos + 8 * i + 4, c)
-            store_f32(sin + 8 * i, -s)
-            store_f32(sin + 8 * i + 4, s)
+        store_f64(angles + 8 * i, angle)
         frequency *= step
+    magnitude = float64(float_param(r, 8))
+    for i in range(0, n_dims // 2, 8):
+        turn8(angles + 8 * i, magnitude)
+        c, s = load_f32x8(angles + 8 * i), load_f32x8(angles + 8 * i + 32)
+        if mode == _NEOX:
+            store_f32x8(cos + 4 * i, c)
+            store_f32x8(sin + 4 * i, s)
+        else:
+            store_f32x8(cos + 8 * i, spread_low8(c))
+            store_f32x8(cos + 8 * i + 32, spread_high8(c))
+            store_f32x8(sin + 8 * i, alternate8(spread_low8(s)))
+            store_f32x8(sin + 8 * i + 32, alternate8(spread_high8(s)))
 
 
 @njit(**INNER)
@@ -108,7 +110,8 @@ def rope(r: int, ith: int, nth: int) -> None:
     n_dims, mode = int_param(r, 1), int_param(r, 2)
     n0, n1, n2 = extent(r, DST, 0), extent(r, DST, 1), extent(r, DST, 2)
     cos = word(r, row.WORK) + ith * room
-    sin = cos + 4 * n_dims
+    sin, angles = cos + room // 3, cos + 2 * (room // 3)
+    step = math.pow(float64(float_param(r, 5)), -2.0 / n_dims)
     known = -1  # the token that the tables are for
     first, last = share(rows, ith, nth)
     for i in range(first, last):
@@ -116,7 +119,7 @@ def rope(r: int, ith: int, nth: int) -> None:
         if i2 != known:
             known = i2
             position = load_i32(word(r, POSITIONS) + i2 * stride(r, POSITIONS, 0))
-            _angles(r, float64(position), n_dims, mode, cos, sin)
+            _angles(r, float64(position), step, n_dims, mode, cos, sin, angles)
         a, o = row_address(r, A, i1, i2, i3), row_address(r, DST, i1, i2, i3)
         if mode == _NEOX:
             _rotate_halves(a, o, n_dims // 2, cos, sin)
@@ -143,5 +146,5 @@ def stages(
         return None
     if factors is not None and (factors.dtype != DType.F32 or factors.ne[0] < n_dims // 2):
         return None
-    room = -(-8 * int(n_dims) // 64) * 64
+    room = 3 * 4 * -(-int(n_dims) // 16) * 16  # cosines, sines and angles, by eight pairs
     return (Stage(rope, work_nbytes=threads * room, aux=(nelements(x) // x.ne[0], room)),)

@@ -5,7 +5,7 @@ is used, `features` decides, and the code that stands in for it is exact. Compar
 
     load_T(address) store_T(address, v)      f32x8 i32x8 i16x16 i16x8 i8x32 i8x16; f16x8 and bf16x8 convert to f32x8
     load_T_part(address, n) store_T_part(address, v, n)     the first n of 1 to 7 lanes, 0 behind: f32x8 f16x8 bf16x8
-    load_s(address) store_s(address, x)      f32 i64 i32 u32 i16 u16 i8 u8; f16 and bf16 convert to float32
+    load_s(address) store_s(address, x)      f32 i64 i32 u32 i16 u16 i8 u8; f16 and bf16 convert to float32; store_f64
     splat_f32x8(x) zero_T()                  add_T, and sub mul div of f32x8, (a, b); fma_f32x8(a, b, c): a * b + c
     sum_f32x8(v) max_of_f32x8(v) sum_i32x8(v)               across lanes in one fixed order
     max_f32x8 min_f32x8 max_f32 min_f32      (a, b): b where one of them is NaN
@@ -116,6 +116,7 @@ load_i16, load_u16 = _loader(types.int16, I16), _loader(types.uint16, I16)
 load_i8, load_u8 = _loader(types.int8, I8), _loader(types.uint8, I8)
 load_f16, load_bf16 = _loader(types.float32, I16, widen_half), _loader(types.float32, I16, widen_bfloat)
 store_f32, store_i64 = _storer(types.float32), _storer(types.int64)
+store_f64 = _storer(types.float64)
 store_i32, store_u32 = _storer(types.int32), _storer(types.uint32)
 store_i16, store_u16 = _storer(types.int16), _storer(types.uint16)
 store_i8, store_u8 = _storer(types.int8), _storer(types.uint8)

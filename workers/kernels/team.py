@@ -9,7 +9,7 @@ from workers.kernels import row
 from workers.kernels.access import INNER
 from workers.kernels.emit import I32, I64, call
 from workers.kernels.jit import ir, njit, types
-from workers.kernels.simd import load_i64, make
+from workers.kernels.simd import load_i64, make, store_i64
 from workers.kernels.stage import entry
 
 _LONG = types.int64
@@ -26,17 +26,19 @@ ARRIVED = 16  # threads that reached the barrier
 PHASE = 32  # counts barriers; the futex that waiting threads sleep on
 ASLEEP = 33  # threads asleep on PHASE
 TABLE, FIRST, LAST = 48, 50, 52  # the job: address and row range, 64 bits each
-CONTROL_WORDS = 64
+JOB_SPINS, PHASE_SPINS = 64, 65  # polls before a thread sleeps on JOB and PHASE
+CONTROL_WORDS = 80
 
-SPINS = 2000
-"""Polls before a thread sleeps: some ten microseconds, longer than most ops, far shorter than a scheduler's slice."""
+LEAST_SPINS, MOST_SPINS = 50, 2000
+"""Polls before a thread sleeps: one to some ten microseconds, longer than most ops, far shorter than a scheduler's
+slice. Where polling was in vain, because somebody else has the processor that would ring, it soon takes least."""
 
 NAP_US = 50
 """Sleep between polls where there is no futex."""
 
 _WAIT, _WAKE = 128, 129  # FUTEX_WAIT, FUTEX_WAKE, private to the process
 
-_syscall = types.ExternalFunction("syscall", _LONG(_LONG, _LONG, _LONG, _LONG, _LONG, _LONG, _LONG))
+syscall = types.ExternalFunction("syscall", _LONG(_LONG, _LONG, _LONG, _LONG, _LONG, _LONG, _LONG))
 _usleep = types.ExternalFunction("usleep", types.int32(types.uint32))
 
 
@@ -83,24 +85,37 @@ def _sleep(address: int, seen: int, sleepers: int, futex: int) -> None:
         return
     add_i32(sleepers, 1)
     while load_i32(address) == seen:
-        _syscall(futex, address, _WAIT, seen, 0, 0, 0)
+        syscall(futex, address, _WAIT, seen, 0, 0, 0)
     add_i32(sleepers, -1)
 
 
 @njit(**INNER)
 def _wake(address: int, sleepers: int, futex: int) -> None:
     if futex != 0 and load_i32(sleepers) > 0:
-        _syscall(futex, address, _WAKE, 0x7FFFFFFF, 0, 0, 0)
+        syscall(futex, address, _WAKE, 0x7FFFFFFF, 0, 0, 0)
 
 
 @njit(**INNER)
-def _await_change(address: int, seen: int, sleepers: int, futex: int) -> None:
-    """Poll for a while, then sleep, until the word at `address` is no longer `seen`."""
-    for _ in range(SPINS):
+def poll(address: int, seen: int, spins: int) -> bool:
+    """Poll for a while; True when the word at `address` is no longer `seen`. How long is learnt, at address `spins`.
+
+    It grows slowly while polling helps and is halved when it does not. Several threads may share what they learn.
+    """
+    limit = load_i32(spins)
+    for _ in range(limit):
         if load_i32(address) != seen:
-            return
+            store_i32(spins, min(limit + limit // 8, MOST_SPINS))
+            return True
         pause()
-    _sleep(address, seen, sleepers, futex)
+    store_i32(spins, max(limit // 2, LEAST_SPINS))
+    return load_i32(address) != seen
+
+
+@njit(**INNER)
+def _await_change(address: int, seen: int, sleepers: int, futex: int, spins: int) -> None:
+    """Poll for a while, then sleep, until the word at `address` is no longer `seen`."""
+    if not poll(address, seen, spins):
+        _sleep(address, seen, sleepers, futex)
 
 
 @njit(**INNER)
@@ -112,7 +127,7 @@ def barrier(control: int, nth: int, futex: int) -> None:
         add_i32(control + 4 * PHASE, 1)
         _wake(control + 4 * PHASE, control + 4 * ASLEEP, futex)
     else:
-        _await_change(control + 4 * PHASE, phase, control + 4 * ASLEEP, futex)
+        _await_change(control + 4 * PHASE, phase, control + 4 * ASLEEP, futex, control + 4 * PHASE_SPINS)
 
 
 @njit(**INNER)
@@ -146,6 +161,19 @@ def _help_once(table: int, first: int, last: int, ith: int, nth: int, control: i
     barrier(control, nth, futex)
 
 
+@njit(**INNER)
+def work(table: int, first: int, last: int, nth: int, control: int, futex: int) -> None:
+    """The calling thread's part of a job: wake the helpers in `help_out`, and return when all are through."""
+    if nth > 1:
+        store_i64(control + 4 * TABLE, table)
+        store_i64(control + 4 * FIRST, first)
+        store_i64(control + 4 * LAST, last)
+        _ring(control, futex)
+    walk(table, first, last, 0, nth, control, futex)
+    if nth > 1:
+        barrier(control, nth, futex)
+
+
 @entry(2)
 def ring(control: int, futex: int) -> int:
     """Tell the helpers that there is a job, or that STOP is set."""
@@ -155,15 +183,8 @@ def ring(control: int, futex: int) -> int:
 
 @entry(6)
 def lead(table: int, first: int, last: int, nth: int, control: int, futex: int) -> int:
-    """The calling thread's part of a job: wake the helpers in `help_out`, and leave when all are through.
-
-    The job's fields are written by the caller (TABLE, FIRST, LAST). With `nth` 1 there is neither barrier nor wake-up.
-    """
-    if nth > 1:
-        _ring(control, futex)
-    walk(table, first, last, 0, nth, control, futex)
-    if nth > 1:
-        barrier(control, nth, futex)
+    """As `work`, for Python. With `nth` 1 there is neither barrier nor wake-up."""
+    work(table, first, last, nth, control, futex)
     return 0
 
 
@@ -179,7 +200,7 @@ def help_out(control: int, ith: int, nth: int, futex: int) -> int:
     """A helper's life with a futex: job after job until STOP, asleep in between."""
     seen = 0
     while True:
-        _await_change(control + 4 * JOB, seen, control + 4 * IDLE, futex)
+        _await_change(control + 4 * JOB, seen, control + 4 * IDLE, futex, control + 4 * JOB_SPINS)
         seen = load_i32(control + 4 * JOB)
         if load_i32(control + 4 * STOP) != 0:
             return 0

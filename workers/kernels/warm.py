@@ -24,7 +24,7 @@ import llvmlite.binding as llvm  # noqa: E402  (where numba caches is settled ab
 import numba  # noqa: E402
 from numba.core.registry import cpu_target  # noqa: E402
 
-from workers.kernels import elf, image, shadow, table, team  # noqa: E402, F401  (importing them defines all kernels)
+from workers.kernels import elf, image, serving, shadow, steps, table, team  # noqa: E402, F401  (importing them defines all kernels)
 from workers.kernels.stage import KERNELS, Kernel  # noqa: E402
 
 Progress = Callable[[int, int, str], None]

@@ -1,0 +1,219 @@
+"""The compiled half of a worker's steps: walks a program's instructions, with peers' doorbells on the board.
+
+Nothing here allocates, raises or returns to Python before a step is through.
+"""
+
+from __future__ import annotations
+
+from protocol.board import State
+from protocol.program import Kind
+from workers.kernels.access import INNER
+from workers.kernels.emit import I32
+from workers.kernels.jit import njit, types
+from workers.kernels.simd import load_i64, make, store_i64
+from workers.kernels.stage import entry
+from workers.kernels.team import FUTEX_NUMBER, load_i32, poll, store_i32, syscall, work
+
+# Words of 64 bits in a worker's control block, and in it
+LINE = 0  # address of its line of progress on the board
+THREADS, TEAM, TEAM_FUTEX = 1, 2, 3  # the team's number of threads, control block, and futex or 0
+SPINS, IDLE_SPINS = 4, 20  # polls before it sleeps: for a peer, for the coordinator
+NOW, NAP, IDLE_NAP = 5, 7, 21  # timespecs: room for one; how long it sleeps at most for a peer, for the coordinator
+TOTAL, SPENT = 9, 10  # out: nanoseconds of the last step; in computing, waiting and copying
+REQUESTS, ANSWERS = 13, 14  # addresses of the mailbox's boxes, which the worker reads and writes
+BOX_DATA = 15  # bytes from a box's address to its records
+N_TAKEN, N_POSTED, END = 16, 17, 18  # in and out: the reader's and the writer's counts, the end of the last record
+THIS_STEP = 19  # out: number of the last step
+CONTROL_WORDS = 32
+
+# Words of a program's block, then its rows, the places of its inputs and those of its outputs
+NUMBER, N_ROWS, N_INPUTS, N_OUTPUTS, RECEIVED, N_LAST = 0, 1, 2, 3, 4, 5  # N_LAST: how many of the rows are last WAITs
+ROWS = 8
+
+# Words of a row: what it does, its number and split for the board, and addresses
+KIND, INDEX, SPLIT, WORD, TARGET, SOURCE, SIZE, ACKNOWLEDGED = 0, 1, 2, 3, 4, 5, 6, 7
+ROW_WORDS = 8
+PLACE_WORDS = 2  # of an input or output: address, bytes
+
+_RUN, _COPY, _SEND, _RECV, _WAIT = (int(kind) for kind in (Kind.RUN, Kind.COPY, Kind.SEND, Kind.RECV, Kind.WAIT))
+IDLE, _BUSY, _WAITING = int(State.IDLE), int(State.BUSY), int(State.WAITING)
+_FUTEX = FUTEX_NUMBER or 0
+_FUTEX_WAIT, _FUTEX_WAKE = 0, 1  # between processes
+_COMPUTE, _WAITED, _COPIED = 0, 1, 2  # of SPENT
+ROW_NBYTES = 8 * ROW_WORDS
+
+_LONG = types.int64
+_clock_gettime = types.ExternalFunction("clock_gettime", types.int32(types.int32, _LONG))
+put32 = make(types.void, _LONG, _LONG)(
+    lambda b, where, value: b.store_atomic(b.trunc(value, I32), b.inttoptr(where, I32.as_pointer()), "release", 4)
+)
+"""put32(address, value): 32 bits; what was stored before is seen before."""
+memmove = types.ExternalFunction("memmove", _LONG(_LONG, _LONG, _LONG))
+
+
+@njit(**INNER)
+def clock_ns(control: int) -> int:
+    """Nanoseconds of the monotonic clock."""
+    _clock_gettime(1, control + 8 * NOW)
+    return load_i64(control + 8 * NOW) * 1_000_000_000 + load_i64(control + 8 * NOW + 8)
+
+
+@njit(**INNER)
+def word32(address: int) -> int:
+    """An unsigned word of 32 bits."""
+    return load_i32(address) & 0xFFFFFFFF
+
+
+@njit(**INNER)
+def signed(value: int) -> int:
+    """The low 32 bits as doorbells are loaded."""
+    return ((value & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000
+
+
+@njit(**INNER)
+def wake(word: int) -> None:
+    """Wake who sleeps on a doorbell."""
+    if load_i32(word + 4) != 0:
+        syscall(_FUTEX, word, _FUTEX_WAKE, 0x7FFFFFFF, 0, 0, 0)
+
+
+@njit(**INNER)
+def sleep(word: int, seen: int, at_most: int) -> None:
+    """Until a doorbell's value is not `seen`, or for a time: the address of a timespec."""
+    store_i32(word + 4, 1)
+    syscall(_FUTEX, word, _FUTEX_WAIT, seen, at_most, 0, 0)
+    store_i32(word + 4, 0)
+
+
+@njit(**INNER)
+def await_value(control: int, word: int, value: int) -> None:
+    """Return when the doorbell has this value: polls a little, then sleeps."""
+    while True:
+        seen = load_i32(word)
+        if seen == value:
+            return
+        if poll(word, seen, control + 8 * SPINS):
+            continue
+        sleep(word, seen, control + 8 * NAP)
+
+
+@njit(**INNER)
+def is_value(word: int, value: int) -> bool:
+    """A doorbell has this value."""
+    return load_i32(word) == value
+
+
+@njit(**INNER)
+def _acknowledge(first: int, last: int, step: int) -> None:
+    """Tell the peers of RECVs [first, last) that their bytes were taken; all of it before any of them wakes up."""
+    for row in range(first, last, ROW_NBYTES):
+        if load_i64(row + 8 * KIND) == _RECV:
+            store_i32(load_i64(row + 8 * ACKNOWLEDGED), step)
+    for row in range(first, last, ROW_NBYTES):
+        if load_i64(row + 8 * KIND) == _RECV:
+            wake(load_i64(row + 8 * ACKNOWLEDGED))
+
+
+@njit(**INNER)
+def _latest(row: int, end: int, step: int) -> int:
+    """The row whose doorbell most likely rings last, among WAITs in a row from `row` on and a RECV behind them.
+
+    All of them have to ring before anything else can happen, so that one sleep may do for all.
+    """
+    late = row
+    while row < end and load_i64(row + 8 * KIND) == _WAIT:
+        if not is_value(load_i64(row + 8 * WORD), step):
+            late = row
+        row += ROW_NBYTES
+    if row < end and load_i64(row + 8 * KIND) == _RECV:
+        late = row
+    return late
+
+
+@njit(**INNER)
+def run_rows(control: int, program: int, full_step: int, n_rows: int) -> None:
+    """The first instructions of a step.
+
+    SENDs in a row are all published before the peer is woken. RECVs in a row are acknowledged together, at the latest
+    before this worker sleeps or computes.
+    """
+    step = signed(full_step)
+    line = load_i64(control + 8 * LINE)
+    row = program + 8 * ROWS
+    end = row + ROW_NBYTES * n_rows
+    owed = row  # RECVs from here on were not acknowledged
+    phase = _COPIED
+    before = clock_ns(control)
+    put32(line, full_step & 0xFFFFFFFF)
+    while row < end:
+        kind = load_i64(row + 8 * KIND)
+        now_in = _COMPUTE if kind == _RUN else (_COPIED if kind in (_COPY, _SEND) else _WAITED)
+        if now_in != phase:
+            now = clock_ns(control)
+            spent = control + 8 * (SPENT + phase)
+            store_i64(spent, load_i64(spent) + now - before)
+            phase, before = now_in, now
+        if phase != _WAITED:
+            _acknowledge(owed, row, step)
+            owed = row
+        put32(line + 4, load_i64(row + 8 * INDEX))
+        put32(line + 8, load_i64(row + 8 * SPLIT))
+        put32(line + 12, _WAITING if phase == _WAITED else _BUSY)
+        word = load_i64(row + 8 * WORD)
+        target, source, size = load_i64(row + 8 * TARGET), load_i64(row + 8 * SOURCE), load_i64(row + 8 * SIZE)
+        if kind == _RUN:  # a table, from row `target` to `source`
+            work(
+                word, target, source, load_i64(control + 8 * THREADS), load_i64(control + 8 * TEAM),
+                load_i64(control + 8 * TEAM_FUTEX),
+            )  # fmt: skip
+        elif kind == _COPY:
+            memmove(target, source, size)
+        elif kind == _SEND:
+            first = row
+            while row < end and load_i64(row + 8 * KIND) == _SEND:
+                store_i32(load_i64(row + 8 * WORD), step)
+                row += ROW_NBYTES
+            for sent in range(first, row, ROW_NBYTES):
+                wake(load_i64(sent + 8 * WORD))
+            row -= ROW_NBYTES
+        else:
+            if not is_value(word, step):
+                _acknowledge(owed, row, step)
+                owed = row
+                await_value(control, load_i64(_latest(row, end, step) + 8 * WORD), step)
+                await_value(control, word, step)
+            if kind == _RECV:
+                memmove(target, source, size)
+        row += ROW_NBYTES
+    _acknowledge(owed, end, step)
+    spent = control + 8 * (SPENT + phase)
+    store_i64(spent, load_i64(spent) + clock_ns(control) - before)
+
+
+@njit(**INNER)
+def begin(control: int) -> int:
+    """A step begins: nothing was spent yet. When."""
+    for k in range(3):
+        store_i64(control + 8 * (SPENT + k), 0)
+    return clock_ns(control)
+
+
+@entry(3)
+def run(control: int, program: int, step: int) -> int:
+    """One step: its inputs are in place, nobody is told of its end. Leaves SPENT."""
+    begin(control)
+    run_rows(control, program, step, load_i64(program + 8 * N_ROWS))
+    return 0
+
+
+@njit(**INNER)
+def get_back(control: int, program: int, step: int) -> None:
+    """Wait for what the last step has lent and not got back yet."""
+    n = load_i64(program + 8 * N_ROWS)
+    first = program + 8 * ROWS
+    for k in range(n - load_i64(program + 8 * N_LAST), n):
+        word = load_i64(first + ROW_NBYTES * k + 8 * WORD)
+        if not is_value(word, step):
+            put32(load_i64(control + 8 * LINE) + 12, _WAITING)
+            await_value(control, word, step)
+    put32(load_i64(control + 8 * LINE) + 12, IDLE)
