@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -12,23 +12,23 @@ from statistics import median
 from benchmarks.measure import Row, quartiles
 from benchmarks.models import model_file
 from benchmarks.rivals import tokens
-from coordinator.cli.calibrate import Measured, fitted, measured, write
+from coordinator.cli.calibrate import Calibrator, Measured, fitted, write
 from coordinator.cli.calibrate_measure import Effort, Raw
 from coordinator.cli.calibrate_rig import ProcessorTime, Timed
 from coordinator.cli.options import DEMO_IMAGE
 from coordinator.cli.simulate_model import machine_of
 from coordinator.config import parse_workers
 from coordinator.model.gguf_file import open_model
-from coordinator.model.image import load_image, preprocess
+from coordinator.model.image import Tiles, load_image, preprocess
 from coordinator.model.params import read_params
-from coordinator.runtime.evaluate import Evaluator, Shipped
+from coordinator.runtime.evaluate import Evaluator, Shipped, StepResult
 from coordinator.runtime.fleet import Fleet, FleetOptions
 from coordinator.runtime.generate import Prompt, Timings, encode_images
 from coordinator.runtime.session import Session, SessionOptions
 from coordinator.runtime.stopwatch import Stopwatch
 from coordinator.schedule.lower import Lowered
 from coordinator.schedule.placement import PlacementOptions
-from coordinator.simulate.calibrate_fit import low
+from coordinator.simulate.calibrate_fit import typical
 from coordinator.simulate.engine import simulate
 from coordinator.simulate.lowered import time_program
 from coordinator.simulate.machine import Machine
@@ -41,18 +41,25 @@ LAYERS = {"demo": (0, 1, 2, 3, 4, 5, 6), "smollm2-q4_1": (0, 1, 8, 15, 22, 30, 3
 """Layers on accelerators; the last is all, the output among them."""
 DEPTH = 250
 """Of 256 positions that are read, so many hold something: what is masked is left out by the kernels, not by the law."""
+FURTHER, PROMPT = 3, 64
+"""Prompts, of so many tokens, and images of a placement in each round."""
 SPLIT_WITHIN, STEP_WITHIN = 0.20, 0.10
+ROUNDS, STEPS = 6, 25
+"""How often everything is measured, and decode steps of a placement each time."""
+EFFORT, BETWEEN = Effort(3, 4, quick=True), 5
+"""A calibration, and before how many placements."""
 LONG_S = 20e-6
 """Shorter runs of ops, an embedding or the last norm, are Python and sleep rather than kernels."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Measured and simulated seconds of a split or a whole step."""
+    """Measured and simulated seconds of a split or a whole step; `rounds` are the measured ones round by round."""
 
     name: str
     real: float
     simulated: float
+    rounds: Sequence[float] = ()
 
     @property
     def error(self) -> float:
@@ -74,44 +81,72 @@ class Placement:
 
 @dataclass(slots=True)
 class Seen:
-    """Samples of one placement: whole steps and what of them is outside of operations, and each run of ops with its
-    worker's name and split; the program is the same whenever it is measured."""
+    """Samples of one placement: whole steps and what of them is outside of operations, and each run of ops
+    with its worker's name and split; the same of `further` graphs by name, of which only runs are noted."""
 
     walls: list[float] = field(default_factory=list)
     outside: list[float] = field(default_factory=list)
     runs: list[tuple[str, int, list[float]]] = field(default_factory=list)
     lowered: Lowered | None = None
+    further: dict[str, Seen] = field(default_factory=dict)
+
+    def add(self, other: Seen) -> None:
+        """Put samples of a further round to these: the program is the same whenever it is measured."""
+        self.lowered = other.lowered
+        self.walls += other.walls
+        self.outside += other.outside
+        self.runs = self.runs or [(name, split, []) for name, split, _ in other.runs]
+        for (_, _, mine), (_, _, more) in zip(self.runs, other.runs, strict=True):
+            mine += more
+        for name, seen in other.further.items():
+            self.further.setdefault(name, Seen()).add(seen)
 
 
 def rows(quick: bool) -> Iterator[Row]:
     """A row for each placement, then the shares that are close enough.
 
-    How much of the memory's bandwidth neighbours leave changes from minute to minute: calibration and placements are
-    measured in turns, several times over, and compared only then. Models are copied first: where the pages of a file
-    lie in memory depends on how it came there, and some files were a third slower to read than a copy of them.
+    How much of the machine neighbours leave changes from minute to minute: calibrations and placements are measured in
+    turns, round after round, and what counts is what all rounds say together. Models are copied first: where
+    the pages of a file lie in memory depends on how it came there, and some files were a third slower to read than a
+    copy of them.
     """
-    effort = Effort(8, 10, quick=True) if quick else Effort(16, 20, quick=True)
-    raw, seen = Raw({}, {}, {}), {placement: Seen() for placement in _placements(quick)}
-    with tempfile.TemporaryDirectory() as folder:
+    placements, raw = list(_placements(quick)), Raw({}, {}, {})
+    rounds: list[list[Seen]] = []
+    with tempfile.TemporaryDirectory() as folder, Calibrator(1, quick=True, messages=False) as calibrator:
         files = {name: Path(shutil.copy(model_file(name), f"{folder}/{name}.gguf")) for name in LAYERS}
-        for _ in range(2 if quick else 5):
-            raw.add(measured(1, effort, lambda _: None))
-            for placement, found in seen.items():
-                _measure(placement, files[placement.model], found, 16 if quick else 30)
-    calibration = fitted(raw, 1, effort)
+        for _ in range(2 if quick else ROUNDS):
+            found = []
+            for number, placement in enumerate(placements):
+                if number % BETWEEN == 0:
+                    raw.add(calibrator.measure(EFFORT, lambda _: None))
+                found.append(_measure(placement, files[placement.model], STEPS))
+            rounds.append(found)
+        raw.add(calibrator.measure(EFFORT, lambda _: None))
+    calibration = fitted(raw, 1, EFFORT)
     yield Row("simulated", "noise of operations while calibrating", 100 * calibration.noise, "%")
     yield Row("simulated", "noise of steps while calibrating", 100 * calibration.shared.noise, "%")
     splits: list[Pair] = []
     steps: list[Pair] = []
-    for placement, found in seen.items():
-        step, parts = _compare(placement, found, _machine(placement, calibration))
+    further: dict[str, list[Pair]] = {}
+    for placement, of_rounds in zip(placements, zip(*rounds, strict=True), strict=True):
+        seen, modelled = Seen(), _machine(placement, calibration)
+        for one in of_rounds:
+            seen.add(one)
+        step_s, parts = _compare(placement, seen, modelled)
+        step = Pair(str(placement), typical(seen.walls), step_s, [typical(one.walls) for one in of_rounds])
         steps.append(step)
         splits += parts
-        yield _row(step, parts, low(found.outside))
+        for name, of_name in seen.further.items():
+            further.setdefault(name, []).extend(_compare(placement, of_name, modelled)[1])
+        yield _row(step, parts, typical(seen.outside))
     yield _share(f"decode steps within {STEP_WITHIN:.0%}", steps, STEP_WITHIN)
     yield _share(f"splits within {SPLIT_WITHIN:.0%}", splits, SPLIT_WITHIN)
     longer = [pair for pair in splits if pair.real >= LONG_S]
     yield _share(f"splits of {LONG_S * 1e6:.0f} us or more within {SPLIT_WITHIN:.0%}", longer, SPLIT_WITHIN)
+    shorter = [pair for pair in splits if pair.real < LONG_S]
+    yield _absolute(shorter, steps)
+    for name, pairs in further.items():
+        yield _share(f"for information: splits of {name} within {SPLIT_WITHIN:.0%}", pairs, SPLIT_WITHIN)
 
 
 def _machine(placement: Placement, calibration: Measured) -> Machine:
@@ -129,27 +164,37 @@ def _placements(quick: bool) -> Iterator[Placement]:
             yield from (Placement(model, workers, n) for n in (chosen[1::2] if quick else chosen))
 
 
-def _measure(placement: Placement, file: Path, seen: Seen, rounds: int) -> None:
+def _measure(placement: Placement, file: Path, rounds: int) -> Seen:
     """Whole steps, and in between steps in which workers note when each run of ops began and ended."""
-    alone = placement.workers == WORKERS[0]
+    alone, seen = placement.workers == WORKERS[0], Seen()
     with Fleet(parse_workers(placement.workers, 1), FleetOptions()) as fleet:
         layers = None if alone else placement.layers
-        session = _opened(fleet, placement, file, layers)
+        session, images = _opened(fleet, placement, file, layers)
         while session.n_past < DEPTH:
             session.evaluate([5] * min(64, DEPTH - session.n_past))
         plain, watch = session.evaluator, Stopwatch(keep=True)
         noting = Evaluator(fleet, session.memory, session.schedulers, stopwatch=watch)
         for _ in range(rounds):
-            timed, shipped = _decode(session)
+            timed, shipped = _timed(session, lambda: _decode(session))
             seen.walls.append(timed.wall_s)
             seen.outside.append(timed.outside_s)
             session.evaluator = noting
-            compute = _decode(session)[0].compute_s
+            noted, _ = _timed(session, lambda: _decode(session))
             session.evaluator = plain
-            _note(session, shipped, seen, compute, watch.taken.pop().times)
+            _note(session, shipped, seen, noted, watch.taken.pop().times)
+        session.evaluator = noting
+        graphs = {"a prompt": lambda: _prompt(session)}
+        if images:
+            graphs["an image"] = lambda: session.encode(0, images[0])
+        for name, work in graphs.items():
+            into = seen.further.setdefault(name, Seen())
+            for _ in range(FURTHER):
+                noted, shipped = _timed(session, work)
+                _note(session, shipped, into, noted, watch.taken.pop().times)
+    return seen
 
 
-def _opened(fleet: Fleet, placement: Placement, file: Path, layers: int | None) -> Session:
+def _opened(fleet: Fleet, placement: Placement, file: Path, layers: int | None) -> tuple[Session, tuple[Tiles, ...]]:
     """A started session, with an image encoded where the model takes one."""
     model = open_model(file)
     params = read_params(model)
@@ -158,17 +203,17 @@ def _opened(fleet: Fleet, placement: Placement, file: Path, layers: int | None) 
     session = Session(model, params, parse_workers(placement.workers, 1), options, n_images=int(bool(params.vision)))
     fleet.handshake()
     session.open(fleet)
+    images: tuple[Tiles, ...] = ()
     if params.vision is not None:
         assert params.image_token is not None
         ids = (params.image_token, *tokens(15, params.text.n_vocab))
-        encode_images(session, Prompt(ids, (preprocess(load_image(DEMO_IMAGE), params.vision),)), Timings())
+        images = (preprocess(load_image(DEMO_IMAGE), params.vision),)
+        encode_images(session, Prompt(ids, images), Timings())
         session.evaluate(ids)
-    return session
+    return session, images
 
 
-def _note(
-    session: Session, shipped: Shipped, seen: Seen, compute: Mapping[int, float], times: Mapping[int, Sequence[Times]]
-) -> None:
+def _note(session: Session, shipped: Shipped, seen: Seen, noted: Timed, times: Mapping[int, Sequence[Times]]) -> None:
     """How long each run of ops took: no longer than its worker's processor time for all of them."""
     if seen.lowered is None:
         seen.lowered = shipped.lowered
@@ -177,14 +222,26 @@ def _note(
             seen.runs.append((session.devices[worker].name, split, []))
     for (worker, number), (_, _, found) in zip(_runs(shipped.lowered), seen.runs, strict=True):
         row = times[worker][number]
-        found.append(min(compute[worker], (row.end_ns - row.start_ns) * 1e-9))
+        seconds = min(noted.compute_s[worker], (row.end_ns - row.start_ns) * 1e-9)
+        found.append(seconds)
 
 
-def _decode(session: Session) -> tuple[Timed, Shipped]:
-    """One token at DEPTH, and what ran."""
+def _decode(session: Session) -> tuple[StepResult, Shipped]:
+    """One token at DEPTH."""
     session.n_past = DEPTH
+    return session.evaluate([5])[1:]
+
+
+def _prompt(session: Session) -> tuple[StepResult, Shipped]:
+    """A prompt that ends at DEPTH."""
+    session.n_past = DEPTH - PROMPT
+    return session.evaluate([5] * PROMPT)[1:]
+
+
+def _timed(session: Session, work: Callable[[], tuple[StepResult, Shipped]]) -> tuple[Timed, Shipped]:
+    """One evaluation, and what ran."""
     watch = ProcessorTime(session.fleet)
-    _, result, shipped = session.evaluate([5])
+    result, shipped = work()
     compute_s = {worker: done.compute_ns * 1e-9 for worker, done in result.done.items()}
     return watch.timed(result.wall_ns * 1e-9, compute_s), shipped
 
@@ -200,15 +257,15 @@ def _runs(lowered: Lowered) -> list[tuple[int, int]]:
     ]
 
 
-def _compare(placement: Placement, seen: Seen, machine: Machine) -> tuple[Pair, list[Pair]]:
-    """The whole step and each run of ops, measured and simulated."""
+def _compare(placement: Placement, seen: Seen, machine: Machine) -> tuple[float, list[Pair]]:
+    """Seconds of the simulated step, and each run of ops, measured and simulated."""
     assert seen.lowered is not None
-    step_s, run_s = _simulated(seen.lowered, machine)
+    step_s, runs_s = _simulated(seen.lowered, machine)
     splits = [
-        Pair(f"{placement}: {name} split {split}", low(found), seconds)
-        for (name, split, found), seconds in zip(seen.runs, run_s, strict=True)
+        Pair(f"{placement}: {name} split {split}", typical(found), seconds)
+        for (name, split, found), seconds in zip(seen.runs, runs_s, strict=True)
     ]
-    return Pair(str(placement), low(seen.walls), step_s), splits
+    return step_s, splits
 
 
 def _simulated(lowered: Lowered, machine: Machine) -> tuple[float, list[float]]:
@@ -224,14 +281,22 @@ def _simulated(lowered: Lowered, machine: Machine) -> tuple[float, list[float]]:
 
 
 def _row(step: Pair, splits: Sequence[Pair], outside_s: float) -> Row:
-    errors = sorted(pair.error for pair in splits)
     note = "; ".join(f"{p.name.rpartition(': ')[2]} {p.real * 1e6:.0f} us {p.error:+.0%}" for p in splits)
     note = f"{outside_s * 1e6:.0f} us outside of ops; {note}"
-    ratio = step.simulated / step.real
+    low, high = quartiles(sorted(step.simulated / real for real in step.rounds))
     return Row(
-        "simulated", step.name, step.real * 1e6, "us", step.simulated * 1e6, "simulated", ratio,
-        1.0 + errors[0], 1.0 + errors[-1], len(splits), note,
+        "simulated", step.name, step.real * 1e6, "us", step.simulated * 1e6, "simulated", 1.0 + step.error, low, high,
+        len(step.rounds), note,
     )  # fmt: skip
+
+
+def _absolute(pairs: Sequence[Pair], steps: Sequence[Pair]) -> Row:
+    """By how much short splits are wrong, and what that is of the shortest step."""
+    wrong = sorted(abs(pair.simulated - pair.real) for pair in pairs) or [0.0]
+    share = wrong[-1] / min(step.real for step in steps)
+    note = f"of {len(pairs)}; worst {wrong[-1] * 1e6:.1f} us, {share:.1%} of the shortest step"
+    name = f"splits of less than {LONG_S * 1e6:.0f} us: median error"
+    return Row("simulated", name, median(wrong) * 1e6, "us", samples=len(pairs), note=note)
 
 
 def _share(name: str, pairs: Sequence[Pair], within: float) -> Row:

@@ -50,6 +50,12 @@ _DEFAULTS = {
 
 def bench(chosen: argparse.Namespace) -> int:
     """Measure, and print one table, Markdown or JSON to stdout. Raises UsageError for tests that cannot be run."""
+    if chosen.simulate is not None:
+        return _simulated(chosen)
+    for option, given in (("--no-real", chosen.no_real), ("--network", chosen.network), ("--stages", chosen.stages),
+                          ("--requests", chosen.requests)):  # fmt: skip
+        if given:
+            raise UsageError(f"{option} goes with --simulate: crossdock bench scaling --simulate")
     console, defaults = notes(), _DEFAULTS[chosen.what]
     scaling = chosen.what == "scaling"
     if chosen.plot and not scaling:
@@ -72,6 +78,14 @@ def bench(chosen: argparse.Namespace) -> int:
 
         plot(Path(chosen.plot), subject, points)
     return Exit.OK
+
+
+def _simulated(chosen: argparse.Namespace) -> int:
+    """Real and simulated scaling on the same axes."""
+    from coordinator.cli.bench_scale import bench_scale  # models of hardware, which measuring does without
+
+    with _progress(notes()) as progress:
+        return bench_scale(chosen, progress)
 
 
 def _wishes(chosen: argparse.Namespace, defaults: _Defaults, params: ModelParams) -> Wishes:

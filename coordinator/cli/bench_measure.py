@@ -41,7 +41,7 @@ def measure(session: Session, wishes: Wishes, progress: Callable[[str], None]) -
     """
     done: list[Test] = []
     if wishes.image:
-        tiles = _tiles(session)
+        tiles = tiles_of(session)
         done.append(_repeat("image", 1, wishes, progress, lambda: _encode(session, tiles)))
     for n in filter(None, wishes.prompts):
         done.append(_repeat(f"pp{n}", n, wishes, progress, lambda n=n: _prompt(session, n)))  # type: ignore[misc]
@@ -75,13 +75,13 @@ def _encode(session: Session, tiles: Tiles) -> tuple[float, Steps]:
 
 def _prompt(session: Session, n: int) -> tuple[float, Steps]:
     """A prompt of `n` random tokens on an empty context, in micro-batches."""
-    tokens, ubatch = _begin(session, n), session.options.n_ubatch
+    tokens, ubatch = begin(session, n), session.options.n_ubatch
     return _evaluate(session, [tokens[first : first + ubatch] for first in range(0, n, ubatch)])
 
 
 def _generate(session: Session, n: int) -> tuple[float, Steps]:
     """`n` random tokens one by one, behind a first one that is not counted."""
-    tokens = _begin(session, n + 1)
+    tokens = begin(session, n + 1)
     session.evaluate(tokens[:1])
     return _evaluate(session, [[token] for token in tokens[1:]])
 
@@ -95,7 +95,7 @@ def _evaluate(session: Session, batches: Sequence[Sequence[int]]) -> tuple[float
     return time.perf_counter() - start, steps
 
 
-def _begin(session: Session, n: int) -> list[int]:
+def begin(session: Session, n: int) -> list[int]:
     """An empty context and `n` tokens; the first one is the image's if there is one."""
     session.restart()
     params, draw = session.params, random.Random(n)
@@ -108,7 +108,7 @@ def _begin(session: Session, n: int) -> list[int]:
     return tokens
 
 
-def _tiles(session: Session) -> Tiles:
+def tiles_of(session: Session) -> Tiles:
     """A picture for the largest canvas: how long the tower takes does not depend on what is on it."""
     vision = session.params.vision
     assert vision is not None

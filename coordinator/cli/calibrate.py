@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Final
 
 from rich.console import Console
 
 from coordinator.cli.calibrate_measure import (
     QUICK,
+    Chains,
     Effort,
+    Operations,
     Progress,
     Raw,
     Steps,
     fit_steps,
-    measure_ops,
-    measure_steps,
     middle_noise,
+    mixtures_of,
     samples_of,
 )
 from coordinator.cli.calibrate_rig import Rig
@@ -29,9 +31,9 @@ from coordinator.report.bench import machine
 from coordinator.report.text import notes, watched
 from coordinator.runtime.session import devices_of
 from coordinator.simulate.calibrate_cases import Room
-from coordinator.simulate.calibrate_fit import Sample, errors, fit_costs
+from coordinator.simulate.calibrate_fit import Sample, errors, fit_costs, fit_mixed
 from coordinator.simulate.calibrate_write import Calibration, Link, network_text, system_text
-from coordinator.simulate.hardware import Cost
+from coordinator.simulate.hardware import Cost, Toll
 from coordinator.simulate.work import OUTPUT
 from protocol.errors import UsageError
 
@@ -53,7 +55,8 @@ def calibrate(chosen: argparse.Namespace) -> int:
     with notes().status("starting workers") if watched() else nullcontext() as status:
         progress: Progress = status.update if status is not None else lambda _: None
         effort = QUICK if chosen.quick else Effort()
-        found = fitted(measured(chosen.threads, effort, progress), chosen.threads, effort)
+        with Calibrator(chosen.threads, quick=effort.quick) as calibrator:
+            found = fitted(calibrator.measure(effort, progress), chosen.threads, effort)
     files = write(output, topology, found)
     _say(Console(highlight=False, soft_wrap=True), found, files)
     return 0
@@ -65,6 +68,7 @@ class Measured:
 
     samples: list[Sample]
     costs: dict[str, Cost]
+    mixed: Toll
     noise: float
     shared: Steps
     messages: Steps
@@ -77,20 +81,48 @@ def room_of() -> Room:
     return Room(Rig.ARENA, 3 * cache_nbytes())
 
 
-def measured(threads: int, effort: Effort, progress: Progress) -> Raw:
-    """Measure everything with workers of `threads` threads. Raises what workers fail with."""
-    chain = parse_workers(CHAIN, threads)
-    ops = measure_ops(chain, room_of(), effort, progress)
-    steps = measure_steps(chain, effort, progress)
-    return Raw(ops, steps, measure_steps(chain, effort, progress, "message"))
+class Calibrator:
+    """Idle workers of `threads` threads that hold all that is measured. Use as a context manager.
+
+    Without `messages` bytes in messages are taken to cost what they cost in shared memory. Raises what workers fail
+    with.
+    """
+
+    def __init__(self, threads: int, *, quick: bool, messages: bool = True) -> None:
+        chain = parse_workers(CHAIN, threads)
+        self._operations = Operations(chain, room_of(), quick=quick)
+        self._shared = Chains(chain)
+        self._messages = Chains(chain, "message") if messages else None
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Calibrator:
+        with ExitStack() as stack:
+            for part in (self._operations, self._shared, self._messages):
+                if part is not None:
+                    stack.enter_context(part)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._stack.__exit__(kind, error, tb)
+
+    def measure(self, effort: Effort, progress: Progress) -> Raw:
+        """Samples of everything."""
+        ops = self._operations.measure(effort.op_rounds, progress)
+        steps = self._shared.measure(effort.step_rounds, progress)
+        messages = steps if self._messages is None else self._messages.measure(effort.step_rounds, progress)
+        return Raw(ops, steps, {name: list(seconds) for name, seconds in messages.items()})
 
 
 def fitted(raw: Raw, threads: int, effort: Effort, room: Room | None = None) -> Measured:
     """What follows from the samples, which were taken with `room_of()` or another room."""
-    samples = samples_of(room or room_of(), effort, raw.ops)
+    room = room or room_of()
+    samples = samples_of(room, effort, raw.ops)
     shared, messages = fit_steps(raw.steps), fit_steps(raw.messages)
-    costs = fit_costs(samples) | {OUTPUT: Cost(byte_s=shared.output_byte_s)}
-    return Measured(samples, costs, middle_noise(raw.ops), shared, messages, threads, cache_nbytes())
+    costs = fit_costs(samples)
+    mixed = fit_mixed(mixtures_of(room, raw.ops, shared.first.base_s), costs)
+    costs[OUTPUT] = Cost(byte_s=shared.output_byte_s)
+    return Measured(samples, costs, mixed, middle_noise(raw.ops), shared, messages, threads, cache_nbytes())
 
 
 def write(output: Path, topology: Topology, found: Measured) -> tuple[Path, Path, Path]:
@@ -103,8 +135,8 @@ def write(output: Path, topology: Topology, found: Measured) -> tuple[Path, Path
         for spec, device in zip(topology.workers, devices, strict=True)
     ]
     links = (
-        Link("shared", found.shared.hop_s, found.shared.byte_s, found.shared.further_s),
-        Link("message", found.messages.hop_s, found.messages.byte_s, found.messages.further_s),
+        Link("shared", found.shared.wake, found.shared.each, found.shared.byte_s, found.shared.further),
+        Link("message", found.messages.wake, found.messages.each, found.messages.byte_s, found.messages.further),
     )
     texts = [system_text(_calibration(found, about), workers), *(network_text(about, link) for link in links)]
     for file, text in zip(files, texts, strict=True):
@@ -124,11 +156,9 @@ def _calibration(found: Measured, about: Sequence[str]) -> Calibration:
     rate = max((s.work.read_nbytes + s.work.write_nbytes) / s.seconds for s in copies)
     flops = max(s.work.flops / s.seconds for s in found.samples if s.work.kind == "matmat")
     steps = found.shared
-    step, further, split = steps.missed
     return Calibration(
-        tuple(about), found.costs, steps.step_s, (further, step), (steps.split_s, split),
-        found.cache, rate, flops,
-    )  # fmt: skip
+        tuple(about), found.costs, steps.step, steps.first, steps.split, found.mixed, found.cache, rate, flops
+    )
 
 
 def _about(found: Measured) -> tuple[str, ...]:
@@ -137,7 +167,7 @@ def _about(found: Measured) -> tuple[str, ...]:
     return (
         f"Written by crossdock calibrate on {facts['system']}, {facts['machine']}, {facts['processors']} processors.",
         f"Workers of {found.threads} thread{'s' * (found.threads > 1)}; load {load} over 1, 5 and 15 minutes.",
-        f"The middle sample took {found.noise:.0%} longer than an undisturbed one (operations), "
+        f"The middle sample took {found.noise:.0%} longer than a typical one (operations), "
         f"{found.shared.noise:.0%} (steps).",
     )
 
@@ -161,15 +191,23 @@ def _say(console: Console, found: Measured, files: Sequence[Path]) -> None:
         f"{wrong[len(wrong) // 2]:.0%} for half of them, {wrong[int(0.9 * len(wrong))]:.0%} for nine in ten"
     )
     console.print(
-        f"[bold]step[/]        {steps.step_s * 1e6:.0f} us, each further worker {steps.further_s * 1e6:.0f} us, "
-        f"each split {steps.split_s * 1e6:.0f} us"
+        f"[bold]step[/]        {_us(steps.step)}, each further worker {_us(steps.further)}, its first run "
+        f"{_us(steps.first)}, later ones {_us(steps.split)}, operations among others {found.mixed.base_s * 1e6:.2f} us"
     )
     for name, of in (("hop", found.shared), ("as message", found.messages)):
-        console.print(f"[bold]{name:11}[/] {of.hop_s * 1e6:.0f} us, then {1e-9 / of.byte_s:.3g} GB/s")
+        console.print(
+            f"[bold]{name:11}[/] {_us(of.wake)} to wake up, {_us(of.each)} for each transfer, "
+            f"{1e-9 / of.byte_s:.3g} GB/s"
+        )
     busy = " (busy: repeat it when the machine is quiet)" if max(found.noise, steps.noise) > NOISY else ""
     console.print(
-        f"[bold]noise[/]       the middle sample took {found.noise:.0%} longer than an undisturbed one, "
+        f"[bold]noise[/]       the middle sample took {found.noise:.0%} longer than a typical one, "
         f"{steps.noise:.0%} in steps{busy}"
     )
     console.print(f"[bold]written[/]     {', '.join(map(str, files))}")
     console.print(f"[bold]next[/]        crossdock simulate --system {files[0]} --network {files[1]}")
+
+
+def _us(toll: Toll) -> str:
+    """Warm, and behind an emptied cache."""
+    return f"{toll.base_s * 1e6:.0f} to {(toll.base_s + toll.missed_s) * 1e6:.0f} us"

@@ -2,31 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from statistics import median
+from types import TracebackType
 from typing import Final
 
 from coordinator.cli.calibrate_rig import Loaded, Rig, Share
 from coordinator.config import Topology
-from coordinator.simulate.calibrate_cases import Room, brief_op, cases, chain_ops, first_bytes, sweep_ops
-from coordinator.simulate.calibrate_fit import Sample, line, low, noise
+from coordinator.simulate.calibrate_cases import AUX, Case, Room, brief_op, cases, first_bytes
+from coordinator.simulate.calibrate_fit import Sample, fit_sums, line, noise, typical
+from coordinator.simulate.calibrate_layers import LARGE, SMALL, layer_cases, layers
+from coordinator.simulate.hardware import Toll, Work
 from coordinator.simulate.work import work_of
 from protocol.messages import Port
 from protocol.program import Instruction, Kind
 
-BUSY_S: Final = 100e-6
-"""A worker of a chain computes for about this long, as one of a model that fits into the cache: peers fall asleep."""
-HOPS: Final = (1, 3, 6)
+BUSY_NBYTES: Final = 500 << 10
+"""A worker of a chain computes over so many bytes of weights, as one of a small model: its peers fall asleep."""
+TRANSFERS: Final = 8
+HOPS: Final = ((2, 1), (4, 1), (2, TRANSFERS), (4, TRANSFERS))
+"""Chains between two workers, back to the host as in a model: how often bytes change sides, in how many transfers."""
+HOPS_AFTER: Final = ((2, 1), (2, TRANSFERS))
+INPUT_NBYTES: Final = (4, 4, 8, 8, 512, 4)
+"""What a step is given: token, positions, places in caches, a mask."""
+RESULT_NBYTES: Final = 4096
 HOP_NBYTES: Final = (512, 64 << 10, 1 << 20, 8 << 20)
 OUTPUT_NBYTES: Final = (512, 64 << 10, 512 << 10)
 _HOPS_OF_A_SIZE: Final = 4
 _IN_A_ROW: Final = 4
-_SPLIT: Final = "split"
+_NOTED: Final = (("first", (2, 0)), ("split", (2, 3)))
+"""Runs of one op in a chain from worker 2 to 0 and back: worker 2 has RUN, SEND, RECV, RUN."""
 _AFTER: Final = "after a sweep"
 
 SWEEP_NBYTES: Final = 40 << 20
-"""A worker reads so much to drive everything else out of the cache."""
+"""A worker reads so much, a token's time in a model that no cache holds, to drive everything else out of the cache."""
 
 Progress = Callable[[str], None]
 
@@ -46,26 +57,27 @@ QUICK: Final = Effort(16, 20, quick=True)
 
 @dataclass(frozen=True, slots=True)
 class Steps:
-    """What a step costs besides operations: seconds.
+    """What a step costs besides operations, warm and when everything was driven out of the cache.
 
-    `step_s` of a step with one worker, `further_s` for each further one, `split_s` of a run of ops, `hop_s` of a
-    transfer and `byte_s` of each of its bytes, `output_byte_s` of each byte that goes back to the coordinator. `missed`
-    are how much more a step, a further worker and a run of ops take when everything was driven out of the cache;
-    outputs are measured so, since long ones are those of large models.
+    `step` with one worker, `further` for each further one, `first` run of ops of a worker and each later `split`,
+    `wake` of a worker that waited and `each` transfer that it then takes. `byte_s` are seconds of each transferred
+    byte, `output_byte_s` of each that goes back to the coordinator, measured behind sweeps: long outputs are those of
+    large models.
     """
 
-    step_s: float
-    further_s: float
-    split_s: float
-    missed: tuple[float, float, float]
-    hop_s: float
+    step: Toll
+    further: Toll
+    first: Toll
+    split: Toll
+    wake: Toll
+    each: Toll
     byte_s: float
     output_byte_s: float
     noise: float
 
 
 Samples = dict[str, list[float]]
-"""Seconds of each sample by what was measured; samples of several times can be put together."""
+"""Every sample by what was measured; samples of several times can be put together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,62 +95,115 @@ class Raw:
                 mine.setdefault(name, []).extend(seconds)
 
 
-def measure_ops(topology: Topology, room: Room, effort: Effort, progress: Progress) -> Samples:
-    """Every case on one worker."""
-    alone = Topology(topology.workers[-1:])
-    with Rig(alone, [room.nbytes]) as rig:
-        for offset, data in first_bytes(room):
-            rig.write(0, offset, data)
-        loaded = {c.name: rig.ship(c.name, {0: Share(c.ops)}) for c in cases(room, quick=effort.quick)}
-        seconds: Samples = {name: [] for name in loaded}
-        for number in range(effort.op_rounds):
-            progress(f"operations, round {number + 1} of {effort.op_rounds}")
-            for name, program in loaded.items():
-                seconds[name].append(program.timed().compute_s[0])
-    return seconds
+class Operations:
+    """One idle worker that holds every case. Use as a context manager.
+
+    What is to find its weights in the cache runs once or several times before it counts.
+    """
+
+    def __init__(self, topology: Topology, room: Room, *, quick: bool) -> None:
+        self.room, self.quick = room, quick
+        self._rig = Rig(Topology(topology.workers[-1:]), [room.nbytes])
+        self._loaded: list[tuple[Case, Loaded]] = []
+
+    def __enter__(self) -> Operations:
+        with ExitStack() as stack:
+            rig = stack.enter_context(self._rig)
+            for offset, data in first_bytes(self.room):
+                rig.write(0, offset, data)
+            every = (*cases(self.room, quick=self.quick), *layer_cases(self.room))
+            self._loaded = [(case, rig.ship(case.name, {0: Share(case.ops)})) for case in every]
+            stack.pop_all()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._rig.__exit__(kind, error, tb)
+
+    def measure(self, rounds: int, progress: Progress) -> Samples:
+        """Seconds of every case, by its name."""
+        seconds: Samples = {case.name: [] for case, _ in self._loaded}
+        for number in range(rounds):
+            progress(f"operations, round {number + 1} of {rounds}")
+            for case, program in self._loaded:
+                for _ in range(0 if case.missed else case.before):
+                    program.run()
+                seconds[case.name].append(program.timed().compute_s[0])
+        return seconds
 
 
 def samples_of(room: Room, effort: Effort, seconds: Samples) -> list[Sample]:
     """What one op of each case takes."""
     return [
-        Sample(work_of(c.ops[0]), low(seconds[c.name]) / len(c.ops), c.missed, c.name)
+        Sample(work_of(c.ops[0]), typical(seconds[c.name]) / len(c.ops), c.missed, c.name)
         for c in cases(room, quick=effort.quick)
     ]
 
 
-def measure_steps(topology: Topology, effort: Effort, progress: Progress, plane: str | None = None) -> Samples:
-    """Chains over one, two and three workers. `topology` has three, the host last."""
-    room = Room(Rig.ARENA, SWEEP_NBYTES)
-    with Rig(topology, [room.nbytes] * 3, plane) as rig:
-        for worker in range(3):
-            for offset, data in first_bytes(room):
-                rig.write(worker, offset, data)
-        programs = _programs(rig, room)
-        seconds: Samples = {name: [] for name in programs}
-        for number in range(effort.step_rounds):
-            if number % 4 == 0:
-                progress(f"steps, round {number + 1} of {effort.step_rounds}")
-            for name, program in programs.items():
+def mixtures_of(room: Room, seconds: Samples, first_s: float) -> list[tuple[list[Work], float, bool]]:
+    """What mixtures take: their works, seconds for all of them, and whether weights come from memory. Each was run once
+    in a step, as a model's ops are, of which `first_s` is not theirs."""
+    return [([work_of(op) for op in c.ops], typical(seconds[c.name]) - first_s, c.missed) for c in layer_cases(room)]
+
+
+class Chains:
+    """Three idle workers, the host last, that hold chains of one, two and three of them. Use as a context manager."""
+
+    def __init__(self, topology: Topology, plane: str | None = None) -> None:
+        self._room = Room(Rig.ARENA, SWEEP_NBYTES)
+        self._rig = Rig(topology, [self._room.nbytes] * len(topology.workers), plane)
+        self._programs: dict[str, Loaded] = {}
+        self._noted: dict[str, Loaded] = {}
+
+    def __enter__(self) -> Chains:
+        with ExitStack() as stack:
+            rig = stack.enter_context(self._rig)
+            for worker in range(len(rig.sizes)):
+                for offset, data in first_bytes(self._room):
+                    rig.write(worker, offset, data)
+            self._programs, self._noted = _programs(rig, self._room), _noted_programs(rig, self._room)
+            stack.pop_all()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._rig.__exit__(kind, error, tb)
+
+    def measure(self, rounds: int, progress: Progress) -> Samples:
+        """Seconds outside of operations, and of the runs of ops that are noted, by name."""
+        seconds: Samples = {name: [] for name in self._programs}
+        seconds |= {name + after: [] for name, _ in _NOTED for after in self._noted}
+        for number in range(rounds):
+            progress(f"steps, round {number + 1} of {rounds}")
+            for name, program in self._programs.items():
                 program.run()  # the one before it may have emptied the cache
                 for _ in range(_IN_A_ROW):
-                    if name.startswith(_SPLIT):
-                        seconds[name].append(program.noted(2, 3))  # RUN, SEND, RECV, RUN
-                    else:
-                        seconds[name].append(program.timed().outside_s)
-    return seconds
+                    seconds[name].append(program.timed().outside_s)
+            for after, program in self._noted.items():
+                for _ in range(_IN_A_ROW):
+                    self._programs[f"three{after}"].run()  # leaves every worker's caches as a model would
+                    for (name, _), took in zip(_NOTED, program.noted(*(place for _, place in _NOTED)), strict=True):
+                        seconds[name + after].append(took)
+        return seconds
 
 
 def fit_steps(seconds: Samples) -> Steps:
     """What steps cost."""
-    outside = {name: low(values) for name, values in seconds.items()}
-    start, hop_s = line([(hops, outside[f"hops {hops}"]) for hops in HOPS])
+    outside = {name: typical(values) for name, values in seconds.items()}
     _, byte_s = line([(nbytes * _HOPS_OF_A_SIZE, outside[f"bytes {nbytes}"]) for nbytes in HOP_NBYTES])
     _, output_s = line([(nbytes, outside[f"output {nbytes}"]) for nbytes in OUTPUT_NBYTES])
-    step_s = outside["alone"]
-    further_s = max(0.0, (start - step_s + outside["three"] - 2 * hop_s - step_s) / 3)
-    step, further, split = (outside[f"{name} {_AFTER}"] - outside[name] for name in ("alone", "three", _SPLIT))
-    missed = (max(0.0, step), max(0.0, (further - step) / 2), max(0.0, split))
-    return Steps(step_s, further_s, outside[_SPLIT], missed, hop_s, byte_s, output_s, middle_noise(seconds))
+    warm, cold = _prices(outside, HOPS, ""), _prices(outside, HOPS_AFTER, f" {_AFTER}")
+    step, further, wake, each = (Toll(a, max(0.0, b - a)) for a, b in zip(warm, cold, strict=True))
+    first, split = (
+        Toll(outside[name], max(0.0, outside[f"{name} {_AFTER}"] - outside[name])) for name in ("first", "split")
+    )
+    return Steps(step, further, first, split, wake, each, byte_s, output_s, middle_noise(seconds))
+
+
+def _prices(outside: Mapping[str, float], hops: Sequence[tuple[int, int]], after: str) -> list[float]:
+    """Seconds of a step, a further worker, waking up, and a transfer."""
+    rows = [((1.0, 0.0, 0.0, 0.0), outside[f"alone{after}"])]
+    rows += [((1.0, 2.0, 3.0, 3.0), outside[f"three{after}"])]
+    rows += [((1.0, 1.0, n, n * each), outside[f"hops {n} of {each}{after}"]) for n, each in hops]
+    return fit_sums(rows)
 
 
 def middle_noise(seconds: Samples) -> float:
@@ -148,48 +213,67 @@ def middle_noise(seconds: Samples) -> float:
 
 def _programs(rig: Rig, room: Room) -> dict[str, Loaded]:
     """What is run: chains with several hops between two workers, of several sizes, over three workers, and outputs."""
-    busy = Share(chain_ops(room, BUSY_S))
+    found: dict[str, Loaded] = {}
+    for after, run, all_hops in (("", _busy(room), HOPS), (f" {_AFTER}", _sweep(room), HOPS_AFTER)):
+        found[f"alone{after}"] = rig.ship("alone", {2: _with_ports(run)})
+        shares = chain([run] * 4, [2, 0, 1, 2], HOP_NBYTES[0])
+        found[f"three{after}"] = rig.ship("three", shares | {2: _with_ports(shares[2])})
+        for hops, each in all_hops:
+            order = [(2, 0)[i % 2] for i in range(hops + 1)]
+            shares = chain([run] * len(order), order, HOP_NBYTES[0], each)
+            found[f"hops {hops} of {each}{after}"] = rig.ship("hops", shares | {2: _with_ports(shares[2])})
     brief = Share((brief_op(room),))
-    found = {
-        "alone": rig.ship("alone", {2: busy}),
-        "three": rig.ship("three", chain([busy, busy, busy], [2, 0, 1], HOP_NBYTES[0])),
-        _SPLIT: rig.ship(_SPLIT, chain([brief, busy, brief], [2, 0, 2], HOP_NBYTES[0]), "trace"),
-    }
-    sweep = Share(sweep_ops(room))
-    found |= {
-        f"alone {_AFTER}": rig.ship("alone", {2: sweep}),
-        f"three {_AFTER}": rig.ship("three", chain([sweep, sweep, sweep], [2, 0, 1], HOP_NBYTES[0])),
-        f"{_SPLIT} {_AFTER}": rig.ship(_SPLIT, chain([brief, sweep, brief], [2, 0, 2], HOP_NBYTES[0]), "trace"),
-    }
-    for hops in HOPS:
-        order = [(2, 0)[i % 2] for i in range(hops + 1)]
-        found[f"hops {hops}"] = rig.ship("hops", chain([busy] * len(order), order, HOP_NBYTES[0]))
     for nbytes in HOP_NBYTES:
         order = [(2, 0)[i % 2] for i in range(_HOPS_OF_A_SIZE + 1)]
         found[f"bytes {nbytes}"] = rig.ship("bytes", chain([brief] * len(order), order, nbytes))
     for nbytes in OUTPUT_NBYTES:
-        port = Port("result", rig.ARENA, 0, nbytes)
-        found[f"output {nbytes}"] = rig.ship("output", {2: replace(sweep, outputs=(port,))})
+        found[f"output {nbytes}"] = rig.ship("output", {2: _with_ports(_sweep(room), nbytes)})
     return found
 
 
-def chain(runs: Sequence[Share], workers: Sequence[int], nbytes: int) -> dict[int, Share]:
-    """Programs in which these workers compute one after the other, each handing `nbytes` to the next.
+def _noted_programs(rig: Rig, room: Room) -> dict[str, Loaded]:
+    """Runs of one operation around one of many; what times depend on is appended to their names."""
+    brief = Share((brief_op(room),))
+    return {
+        after: rig.ship("split", chain([brief, run, brief], [2, 0, 2], HOP_NBYTES[0]), noted=True)
+        for after, run in (("", _busy(room)), (f" {_AFTER}", _sweep(room)))
+    }
+
+
+def _with_ports(share: Share, nbytes: int = RESULT_NBYTES) -> Share:
+    """Inputs and a result as a step of a model has them, of so many bytes."""
+    inputs = tuple(Port(f"input {k}", Rig.ARENA, AUX + 4096 * k, n) for k, n in enumerate(INPUT_NBYTES))
+    return replace(share, inputs=inputs, outputs=(Port("result", Rig.ARENA, 0, nbytes),))
+
+
+def _busy(room: Room) -> Share:
+    return Share(layers(room, SMALL[0], BUSY_NBYTES))
+
+
+def _sweep(room: Room) -> Share:
+    return Share(layers(room, LARGE[0], SWEEP_NBYTES))
+
+
+def chain(runs: Sequence[Share], workers: Sequence[int], nbytes: int, each: int = 1) -> dict[int, Share]:
+    """Programs in which these workers compute one after the other, each handing `nbytes` to the next in every one of
+    `each` transfers.
 
     All runs of a worker are of the same ops.
     """
     instructions: dict[int, list[Instruction]] = {worker: [] for worker in workers}
     ops = {worker: run.ops for worker, run in zip(workers, runs, strict=True)}
+    last = len(workers) - 1
     for number, worker in enumerate(workers):
         own = instructions[worker]
-        if number:
-            before = workers[number - 1]
-            own.append(Instruction(Kind.RECV, number - 1, before, 0, Rig.ARENA, _into(nbytes), nbytes, (Rig.ARENA, 0)))
-        own.append(Instruction(Kind.RUN, 0, len(ops[worker])))
-        if number + 1 < len(workers):
-            own.append(Instruction(Kind.SEND, number, workers[number + 1], 0, Rig.ARENA, 0, nbytes))
+        for transfer in range(max(0, number - 1) * each, number * each):
+            span, source = (Rig.ARENA, _into(nbytes), nbytes), (Rig.ARENA, 0)
+            own.append(Instruction(Kind.RECV, transfer, workers[number - 1], number, *span, source))
+        own.append(Instruction(Kind.RUN, 0, len(ops[worker]), number))
+        for transfer in range(number * each, (number + 1) * each if number < last else 0):
+            own.append(Instruction(Kind.SEND, transfer, workers[number + 1], number, Rig.ARENA, 0, nbytes))
     for number, worker in enumerate(workers[:-1]):
-        instructions[worker].append(Instruction(Kind.WAIT, number, workers[number + 1]))
+        for transfer in range(number * each, (number + 1) * each):
+            instructions[worker].append(Instruction(Kind.WAIT, transfer, workers[number + 1], last))
     return {worker: Share(ops[worker], tuple(own)) for worker, own in instructions.items()}
 
 

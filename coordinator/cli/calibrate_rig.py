@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Final
+from typing import Final, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from coordinator.config import Topology
+from coordinator.runtime.evaluate import Evaluator, Shipped, StepResult
 from coordinator.runtime.fleet import Fleet, FleetOptions
+from coordinator.runtime.memory import Memory
+from coordinator.runtime.stopwatch import Stopwatch
+from coordinator.schedule.lower import Lowered, Transfer, WorkerProgram
+from coordinator.schedule.plan import Plan
 from protocol import messages as m
 from protocol.messages import PeerArena
-from protocol.program import NOWHERE, Instruction, Kind, OpRecord, pack_instructions, pack_ops
-from protocol.timing import unpack_times
-from protocol.wire import Envelope
+from protocol.program import Instruction, Kind, OpRecord
 
 _WRITE_NBYTES: Final = 16 << 20
 _SMALL, _LARGE = 0x20, 0x40
@@ -31,6 +34,7 @@ class Share:
 
     ops: Sequence[OpRecord] = ()
     instructions: Sequence[Instruction] = ()
+    inputs: tuple[m.Port, ...] = ()
     outputs: tuple[m.Port, ...] = ()
 
     @property
@@ -50,6 +54,10 @@ class Rig:
     def __init__(self, topology: Topology, nbytes: Sequence[int], plane: str | None = None) -> None:
         self.topology, self.sizes = topology, nbytes
         self.fleet = Fleet(topology, FleetOptions(plane=plane))
+        self.stopwatch = Stopwatch(keep=True)
+        memory = cast(Memory, self)  # of which programs that are planned already ask only for peers' arenas
+        self.plain = Evaluator(self.fleet, memory, ())
+        self.noting = Evaluator(self.fleet, memory, (), stopwatch=self.stopwatch)
         self._stack = ExitStack()
         self._arenas: list[PeerArena] = []
 
@@ -79,21 +87,23 @@ class Rig:
         """Put bytes into a worker's arena."""
         self.fleet.request(worker, m.Write(self.ARENA, offset), (data,))
 
-    def ship(self, name: str, shares: Mapping[int, Share], timing: str = "") -> Loaded:
-        """Programs of one step on these workers, timed as `timing` says (protocol.timing).
+    def ship(self, name: str, shares: Mapping[int, Share], *, noted: bool = False) -> Loaded:
+        """Programs of one step on these workers, which note times when it is `noted`.
 
         Raises CapacityError for an op without a kernel.
         """
-        number = next(self.fleet.program_numbers)
-        transfers = [i.transfer for share in shares.values() for i in share.program if i.kind is Kind.SEND]
+        programs = [WorkerProgram((), (), (), (), ())] * len(self.sizes)
         for worker, share in shares.items():
-            received = {i.peer for i in share.program if i.kind is Kind.RECV and i.src[0] != NOWHERE}
-            peers = tuple(self._arenas[peer] for peer in sorted(received))
-            message = m.ProgramMessage(number, name, len(transfers), (), share.outputs, (), peers, False, timing)
-            tables = (pack_ops(share.ops).tobytes(), pack_instructions(share.program).tobytes())
-            self.fleet.send(worker, message, tables)
-        self.fleet.gather(list(shares))
-        return Loaded(self, number, tuple(shares))
+            programs[worker] = WorkerProgram(tuple(share.ops), tuple(share.program), share.inputs, share.outputs, ())
+        n_transfers = sum(item.kind is Kind.SEND for program in programs for item in program.instructions)
+        # There is no graph behind them: whoever ships and runs programs does not ask for plans and transfers.
+        lowered = Lowered(cast(Plan, None), tuple(programs), (cast(Transfer, None),) * n_transfers)
+        evaluator = self.noting if noted else self.plain
+        return Loaded(self, evaluator, evaluator._ship(name, 0, lowered, (), None))
+
+    def peer_arena(self, worker: int, arena: int) -> PeerArena:
+        """Where peers find a worker's arena, as of a run's Memory."""
+        return self._arenas[worker]
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,34 +147,29 @@ def _processor_s(pid: int) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A program that the rig's workers hold."""
+    """A program that the rig's workers hold, to be run as the coordinator of a model runs it."""
 
     rig: Rig
-    number: int
-    workers: tuple[int, ...]
+    evaluator: Evaluator
+    shipped: Shipped
 
-    def run(self) -> dict[int, Envelope]:
-        """One step; what each worker says of it (Done)."""
-        fleet = self.rig.fleet
-        step = next(fleet.step_numbers)
-        for worker in self.workers:
-            fleet.send(worker, m.Step(self.number, step))
-        return dict(fleet.gather(self.workers))
+    def run(self) -> StepResult:
+        """One step."""
+        return self.evaluator.run(self.shipped, self._inputs())
 
-    def noted(self, worker: int, number: int) -> float:
-        """One step of a program with timing "trace": how many seconds a worker was at one of its instructions."""
-        row = unpack_times(self.run()[worker].buffers[-1])[number]
-        return (row.end_ns - row.start_ns) * 1e-9
+    def noted(self, *places: tuple[int, int]) -> tuple[float, ...]:
+        """One step of a program that is noted: how many seconds workers were at instructions (worker, number)."""
+        self.run()
+        times = self.rig.stopwatch.taken.pop().times
+        rows = [times[worker][number] for worker, number in places]
+        return tuple((row.end_ns - row.start_ns) * 1e-9 for row in rows)
 
     def timed(self) -> Timed:
         """One step: its wall time, and how long each worker computed."""
         watch = ProcessorTime(self.rig.fleet)
-        start = time.perf_counter()
-        answers = self.run()
-        wall_s = time.perf_counter() - start
-        return watch.timed(wall_s, {worker: answer.message.compute_ns * 1e-9 for worker, answer in answers.items()})
+        result = self.run()
+        return watch.timed(result.wall_ns * 1e-9, {w: done.compute_ns * 1e-9 for w, done in result.done.items()})
 
-    def forget(self) -> None:
-        """The workers drop it."""
-        for worker in self.workers:
-            self.rig.fleet.send(worker, m.Forget((self.number,)))
+    def _inputs(self) -> dict[str, NDArray[np.uint8]]:
+        ports = (port for program in self.shipped.lowered.programs for port in program.inputs)
+        return {port.name: np.zeros(port.nbytes, np.uint8) for port in ports}

@@ -38,7 +38,8 @@ from protocol.errors import Exit, InputError, UsageError
 
 QUESTION = "Describe this image."
 _SHOWING = frozenset({
-    "command", "a", "b", "json", "quiet", "dump_tensor", "dump_dir", "record", "trace", "simulate", "network", "pace",
+    "command", "a", "b", "json", "quiet", "dump_tensor", "dump_dir", "record", "trace", "memory_map", "simulate",
+    "network", "pace",
 })  # fmt: skip
 _CUT = {"length": "--n-predict", "context": "the end of the context (--ctx-size)"}
 

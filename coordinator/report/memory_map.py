@@ -5,6 +5,7 @@ from __future__ import annotations
 import colorsys
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -25,9 +26,25 @@ _LABEL_WIDTH: Final = 0.005
 """Of a buffer's row, the latter per letter: smaller rectangles have no name on them."""
 
 _TICKS: Final = 6
+_MOSTLY: Final = 2
+"""A buffer of which less than one part in so many is used is drawn up to its last used byte."""
 _NAMES: Final = 4
 
+_RASTER: Final = 4000
+"""From this many rectangles on a vector picture holds them as an image: a long run has a hundred thousand."""
+
 Color = tuple[float, float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What stands around the rectangles: titles with the span each is for, the time axis' label and what its ticks are
+    divided by (1: nodes), and what red means."""
+
+    titles: Sequence[tuple[str, int, int]]
+    label: str
+    unit: float = 1.0
+    lost: str = "red: overwritten though a later graph still reads it"
 
 
 def draw_memory_map(path: Path, outline: Outline, *, apart: bool) -> Occupancy:
@@ -41,14 +58,21 @@ def draw_memory_map(path: Path, outline: Outline, *, apart: bool) -> Occupancy:
     planned = [graph for graph in outline.graphs if graph.plan is not None]
     plans = [graph.plan for graph in planned if graph.plan is not None]
     found = occupancy(plans, [int(apart and number > 0) for number in range(len(plans))])
-    titles = [graph.what or graph.name for graph in planned]
-    buffers = [b for b in sorted(found.sizes) if any(span.buffer == b for span in found.spans)]
+    names = [graph.what or graph.name for graph in planned]
+    titles = list(zip(names, found.starts, found.starts[1:], strict=False))
+    draw(path, found, plans, View(titles, "nodes in order"))
+    return found
+
+
+def draw(path: Path, found: Occupancy, plans: Sequence[Plan], view: View) -> None:
+    """Draw who holds which bytes when, by the clock of `found`. Raises UsageError, InputError as `draw_memory_map`."""
+    used = {span.buffer for span in found.spans}
+    buffers = [b for b in sorted(found.sizes) if b in used]
     if not 0 < len(buffers) <= MAX_BUFFERS:
         raise UsageError(
             f"--memory-map {path}: this plan has {len(buffers)} compute buffers, expected 1 to {MAX_BUFFERS}"
         )
-    _draw(path, found, _in_device_order(plans, buffers), titles)
-    return found
+    _draw(path, found, _in_device_order(plans, buffers), view)
 
 
 def check_map(path: Path) -> None:
@@ -61,8 +85,8 @@ def check_map(path: Path) -> None:
         raise UsageError(f"--memory-map {path}: matplotlib is missing: install crossdock[plots]") from None
 
 
-def map_line(path: Path, found: Occupancy) -> str:
-    """What the picture shows, in a line."""
+def map_line(path: Path, found: Occupancy, then: str = "safe ownership copies them first, faithful does not") -> str:
+    """What the picture shows, in a line; `then` says what becomes of bytes that are lost."""
     n = len({span.buffer for span in found.spans})
     text = f"{path}: {n} buffer{'s' if n != 1 else ''}"
     if not found.overwrites:
@@ -72,7 +96,7 @@ def map_line(path: Path, found: Occupancy) -> str:
     held = next(span for span in found.spans if span.tensor == first.tensor)
     return (
         f"{text}; {lost:,} of the {held.end - held.start:,} bytes of {first.tensor} are overwritten while they are "
-        f"wanted ({_writers(found.overwrites)}): safe ownership copies them first, faithful does not"
+        f"wanted ({_writers(found.overwrites)}): {then}"
     )
 
 
@@ -86,7 +110,7 @@ def _in_device_order(plans: Sequence[Plan], buffers: Sequence[Buffer]) -> list[B
     return sorted(buffers, key=lambda buffer: (buffer[0], order.get(buffer[1], len(order)), buffer[2]))
 
 
-def _draw(path: Path, found: Occupancy, buffers: Sequence[Buffer], titles: Sequence[str]) -> None:
+def _draw(path: Path, found: Occupancy, buffers: Sequence[Buffer], view: View) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -96,13 +120,15 @@ def _draw(path: Path, found: Occupancy, buffers: Sequence[Buffer], titles: Seque
         several = len({buffer[0] for buffer in buffers}) > 1
         for axes, buffer in zip(rows, buffers, strict=True):
             _draw_buffer(axes, found, buffer, several)
-        for title, start, end in zip(titles, found.starts, found.starts[1:], strict=False):
+        for title, start, end in view.titles:
             rows[0].annotate(title, ((start + end) / 2, 1), xycoords=("data", "axes fraction"), xytext=(0, 4),
                              textcoords="offset points", ha="center", fontsize=9)  # fmt: skip
+        if view.unit != 1.0:
+            rows[-1].xaxis.set_major_formatter(lambda value, _: f"{value / view.unit:g}")
         rows[-1].set_xlabel(
-            "nodes in order; solid: still to be read, pale: left behind"
-            + (", red: overwritten though a later graph still reads it" if found.overwrites else "")
-        )
+            f"{view.label}; solid: still to be read, pale: left behind"
+            + (f", {view.lost}" if found.overwrites else "")
+        )  # fmt: skip
         try:
             figure.savefig(path, dpi=110, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
         except OSError as error:
@@ -115,6 +141,8 @@ def _draw_buffer(axes: Axes, found: Occupancy, buffer: Buffer, several: bool) ->
 
     spans = [span for span in found.spans if span.buffer == buffer]
     size, until = found.sizes[buffer], found.starts[-1]
+    top = max(span.end for span in spans)
+    shown, of = (size, "") if top * _MOSTLY > size else (top, f", {show_bytes(top)} used")
     patches, colors = [], []
     for span in spans:  # by birth: whoever comes later is painted over what lay there
         color = _color(span.tensor)
@@ -122,13 +150,16 @@ def _draw_buffer(axes: Axes, found: Occupancy, buffer: Buffer, several: bool) ->
             if first < last:
                 patches.append(Rectangle((first, span.start), last - first, span.end - span.start))
                 colors.append(shade)
-    axes.add_collection(PatchCollection(patches, facecolor=colors, edgecolor="white", linewidth=0.15))
+    many = len(patches) >= _RASTER
+    made = PatchCollection(patches, facecolor=colors, edgecolor="white", linewidth=0.0 if many else 0.15)
+    made.set_rasterized(many)
+    axes.add_collection(made)
     here = [loss for loss in found.overwrites if loss.buffer == buffer]
     for loss in here:
         lost = Rectangle((loss.at, loss.start), loss.until - loss.at, loss.end - loss.start)
         lost.set(facecolor=(1, 0, 0, 0.15), edgecolor="red", hatch="////", linewidth=0.5)
         axes.add_patch(lost)
-    _name_spans(axes, spans, size, until)
+    _name_spans(axes, spans, shown, until)
     _name_losses(axes, here)
     for node in found.splits:
         axes.axvline(node, color="black", linewidth=0.25, linestyle=":")
@@ -136,13 +167,15 @@ def _draw_buffer(axes: Axes, found: Occupancy, buffer: Buffer, several: bool) ->
         axes.axvline(node, color="black", linewidth=1)
     chunk = f" chunk {buffer[2]}" if buffer[2] else ""
     owner = f" (scheduler {buffer[0]})" if several else ""
-    ticks = range(0, size + 1, 1 << (size // _TICKS).bit_length())
-    axes.set(xlim=(0, until), ylim=(0, size), yticks=ticks, ylabel=f"{buffer[1]}{chunk}{owner}\n{show_bytes(size)}")
+    ticks = range(0, shown + 1, 1 << (shown // _TICKS).bit_length())
+    label = f"{buffer[1]}{chunk}{owner}\n{show_bytes(size)}{of}"
+    axes.set(xlim=(0, until), ylim=(0, shown), yticks=ticks, ylabel=label)
     axes.yaxis.set_major_formatter(lambda value, _: show_bytes(int(value)))
 
 
 def _name_spans(axes: Axes, spans: Sequence[Span], size: int, until: int) -> None:
-    for span in spans:
+    named = {(span.start, span.end, span.death): span for span in spans}  # of those in one place the last, which shows
+    for span in named.values():
         nodes, nbytes = span.death - span.birth, span.end - span.start
         if nbytes < _LABEL_HEIGHT * size or nodes < _LABEL_WIDTH * until * len(span.tensor):
             continue

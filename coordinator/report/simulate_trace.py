@@ -30,7 +30,10 @@ class _Shown:
         self.timeline, self.series = found.timeline, found.series
         self.routes = found.series.machine.fabric.routes
         self.devices = [Track("devices", name) for name in found.series.machine.names]
-        self.wires = [Track("links", route.name) for route in self.routes]
+        names = found.series.machine.names
+        pairs = {number: pair for pair, number in found.series.machine.fabric.index.items()}
+        wires = (f"{names[a]} -> {names[b]}" for a, b in (pairs[k] for k in range(len(self.routes))))
+        self.wires = [Track("links", name) for name in wires]  # as in traces of real runs
         self.why = cache(lambda program, split: because(self.series.lowered[program].plan, split))
         self.live = [live_bytes(lowered.plan) for lowered in self.series.lowered]
 
@@ -86,6 +89,7 @@ class _Shown:
             seconds = carried.left - carried.start
             args: dict[str, str | int | float] = {
                 "graph": timed.name, "bytes": hop.nbytes, "split": hop.split,
+                "link": self.routes[hop.route].name,
                 "queued us": _us(carried.start - carried.ready), "latency us": _us(carried.arrived - carried.left),
             }  # fmt: skip
             yield Slice(self.wires[carried.route], hop.name or "copy", carried.start, seconds, args, "copy")

@@ -64,7 +64,8 @@ class Trace:
 
 
 def trace_document(trace: Trace) -> dict[str, Any]:
-    """The trace event format (Google's document of that name): complete, flow, counter and metadata events, in us."""
+    """The trace event format (Google's document of that name): complete, flow, counter and metadata events, in us and
+    in the order of time."""
     numbers = _Numbers()
     events: list[dict[str, Any]] = []
     for piece in trace.slices:
@@ -87,6 +88,7 @@ def trace_document(trace: Trace) -> dict[str, Any]:
             {"ph": "C", "pid": pid, "name": counter.track.name, "ts": _us(counter.time_s),
              "args": {"value": counter.value}}
         )  # fmt: skip
+    events.sort(key=lambda event: (event["ts"], event.get("dur", 0.0)))  # rounded, what is short may have no duration
     return {"traceEvents": numbers.names() + events, "displayTimeUnit": "ms"}
 
 

@@ -19,13 +19,15 @@ TYPES: Final = (
 """Types of weights that are measured."""
 
 VECTORS: Final = ((256, 64), (256, 256), (512, 512), (1536, 576), (512, 1536), (2048, 1024))
+LARGEST: Final = (1024, 8192)
+"""Weights only ever read from memory, as those of an output."""
 MATRICES: Final = ((256, 256, 16), (512, 512, 64), (1536, 576, 32), (512, 1536, 128))
 """Weights [k, n], and how many columns they are multiplied with."""
 
 ATTENTION: Final = ((32, 4, 2, 40), (32, 4, 2, 256), (64, 9, 3, 256), (64, 9, 3, 1024), (128, 16, 4, 512))
 """Head size, heads, heads of the cache, positions."""
 
-_PING, _PONG, _AUX, WEIGHTS = 0, 4 << 20, 8 << 20, 12 << 20
+_PING, _PONG, AUX, WEIGHTS = 0, 4 << 20, 8 << 20, 12 << 20
 """Offsets in the arena: each op reads what the one before it wrote, so that it is in the nearest cache, and threads
 have to meet as in a model; ids and masks; weights and caches."""
 
@@ -34,16 +36,17 @@ HOT_NBYTES: Final = 1 << 20
 LEAST_S: Final = 1.5e-3
 """A sample is to take about this long: long enough for the clock, short enough to slip between neighbours."""
 _ALIGNMENT: Final = 64
-_SWEEPS: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """Ops that are measured as one run. `missed`: they read more weights than the cache holds."""
+    """Ops that are measured as one run. `missed`: they read more weights than the cache holds. `before`: how often they
+    run before a sample is taken, so that their weights are in the cache."""
 
     name: str
     ops: tuple[OpRecord, ...]
     missed: bool = False
+    before: int = 1
 
     @property
     def key(self) -> str:
@@ -79,17 +82,6 @@ def cases(room: Room, *, quick: bool = False) -> Iterator[Case]:
     yield from _others(room)
 
 
-def chain_ops(room: Room, seconds: float) -> tuple[OpRecord, ...]:
-    """Products that take roughly so long, with weights in the cache."""
-    return _product(room, DType.Q8_0, (512, 512, 1), max(1, int(seconds / 10e-6))).ops
-
-
-def sweep_ops(room: Room) -> tuple[OpRecord, ...]:
-    """Products that read all of the room's weights several times, and leave nothing else in the cache: some
-    milliseconds, as a token of a model takes, in which idle processors go to sleep."""
-    return _product(room, DType.Q8_0, (2048, 1024, 1), missed=True).ops * _SWEEPS
-
-
 def brief_op(room: Room) -> OpRecord:
     """An op that takes next to no time."""
     return next(iter(_rowwise(room, 128, 1))).ops[0]
@@ -97,7 +89,7 @@ def brief_op(room: Room) -> OpRecord:
 
 def first_bytes(room: Room) -> Sequence[tuple[int, bytes]]:
     """What has to lie where (offset, bytes) besides arbitrary numbers: ids and masks are zero."""
-    return ((_AUX, bytes(WEIGHTS - _AUX)),)
+    return ((AUX, bytes(WEIGHTS - AUX)),)
 
 
 def _chain(name: str, count: int, make: Callable[[int, int, int], OpRecord], missed: bool = False) -> Case:
@@ -113,8 +105,9 @@ def _products(room: Room, dtype: DType) -> Iterator[Case]:
     for k, n, m in shapes:
         count = _count(3e-7 + k * n * m / (1.2e11 if m > 8 else 3e10))
         yield _product(room, dtype, (k, n, m), count)
-    for k, n in VECTORS[2:]:
-        yield _product(room, dtype, (k, n, 1), missed=True)
+    for k, n in (*VECTORS[2:], LARGEST):
+        if dtype.row_nbytes(k) * n <= room.cold_nbytes:
+            yield _product(room, dtype, (k, n, 1), missed=True)
 
 
 def _product(room: Room, dtype: DType, shape: tuple[int, int, int], count: int = 0, *, missed: bool = False) -> Case:
@@ -155,7 +148,7 @@ def _attend(room: Room, dtype: DType, shape: tuple[int, int, int, int, int], col
     def make(i: int, x: int, y: int) -> OpRecord:
         k = WEIGHTS + i % slots * 2 * size
         q = OperandRef(room.arena, x, DType.F32, (d, rows, heads, 1), (4, 4 * d * heads, 4 * d, 4 * d * heads * rows))
-        mask = room.operand(_AUX, DType.F16, keys, rows)
+        mask = room.operand(AUX, DType.F16, keys, rows)
         out = room.operand(y, DType.F32, d, heads, rows)
         return OpRecord(i, Op.FLASH_ATTN_EXT, (d**-0.5, 0.0, 0.0, 0), out, (q, cache(k), cache(k + size), mask))
 
@@ -191,7 +184,7 @@ def _rowwise(room: Room, width: int, rows: int) -> Iterator[Case]:
         return room.operand(at, DType.F32, width, rows)
 
     row, one = room.operand(WEIGHTS, DType.F32, width), room.operand(WEIGHTS, DType.F32, 1)
-    half, same = room.operand(_AUX, DType.F16, width, rows), room.operand(_AUX, DType.F32, width, rows)
+    half, same = room.operand(AUX, DType.F16, width, rows), room.operand(AUX, DType.F32, width, rows)
     plain: dict[Op, tuple[tuple[int | float, ...], tuple[OperandRef, ...]]] = {
         Op.RMS_NORM: ((1e-5,), ()), Op.NORM: ((1e-5,), ()), Op.ADD: ((), (same,)), Op.MUL: ((), (row,)),
         Op.GLU: ((int(GluOp.SWIGLU), 0), (same,)), Op.UNARY: ((int(UnaryOp.GELU_ERF),), ()), Op.CONT: ((), ()),
@@ -214,7 +207,7 @@ def _rowwise(room: Room, width: int, rows: int) -> Iterator[Case]:
 
 def _rope(room: Room, d: int, heads: int, rows: int) -> Case:
     params = (0, d, 0, 0, 8192, 100000.0, 1.0, 0.0, 1.0, 32.0, 1.0)
-    positions = room.operand(_AUX, DType.I32, rows)
+    positions = room.operand(AUX, DType.I32, rows)
 
     def make(i: int, a: int, b: int) -> OpRecord:
         x, y = (room.operand(at, DType.F32, d, heads, rows) for at in (a, b))
@@ -224,7 +217,7 @@ def _rope(room: Room, d: int, heads: int, rows: int) -> Case:
 
 
 def _rows_of(room: Room, dtype: DType, width: int, rows: int) -> Case:
-    table, ids = room.operand(WEIGHTS, dtype, width, 256), room.operand(_AUX, DType.I32, rows)
+    table, ids = room.operand(WEIGHTS, dtype, width, 256), room.operand(AUX, DType.I32, rows)
 
     def make(i: int, a: int, b: int) -> OpRecord:
         return OpRecord(i, Op.GET_ROWS, (), room.operand(b, DType.F32, width, rows), (table, ids))
@@ -233,7 +226,7 @@ def _rows_of(room: Room, dtype: DType, width: int, rows: int) -> Case:
 
 
 def _rows_into(room: Room, width: int, rows: int) -> Case:
-    cache, ids = room.operand(WEIGHTS, DType.F16, width, 512), room.operand(_AUX, DType.I64, rows)
+    cache, ids = room.operand(WEIGHTS, DType.F16, width, 512), room.operand(AUX, DType.I64, rows)
 
     def make(i: int, a: int, b: int) -> OpRecord:
         return OpRecord(i, Op.SET_ROWS, (), cache, (room.operand(a, DType.F32, width, rows), ids))

@@ -11,9 +11,9 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from coordinator.simulate.hardware import Cost, Work
+from coordinator.simulate.hardware import Cost, Toll, Work
 
-_TERMS: Final = ("op_s", "weight_s", "missed_s", "byte_s", "flop_s")
+_TERMS: Final = ("op_s", "weight_s", "missed_s", "byte_s", "flop_s", "missed_op_s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ def fit_cost(samples: Sequence[Sample]) -> Cost:
 def _features(sample: Sample) -> tuple[float, ...]:
     work = sample.work
     hot, cold = (0, work.weight_nbytes) if sample.missed else (work.weight_nbytes, 0)
-    return 1.0, hot, cold, work.read_nbytes + work.write_nbytes, work.flops
+    return 1.0, hot, cold, work.read_nbytes + work.write_nbytes, work.flops, float(sample.missed)
 
 
 def _non_negative(rows: NDArray[np.float64], seconds: NDArray[np.float64]) -> list[float]:
@@ -83,13 +83,29 @@ def line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
     return constant, slope
 
 
-def low(values: Sequence[float]) -> float:
-    """What a piece of work takes when nobody disturbs it: the median of the lowest eighth of its samples, at least
-    three. On a busy machine most samples say what the neighbours do."""
+def fit_mixed(samples: Sequence[tuple[Sequence[Work], float, bool]], costs: Mapping[str, Cost]) -> Toll:
+    """What an operation costs more among others than after its own kind: middle of what mixtures (works, seconds,
+    missed) say, in the cache and from memory; nothing below zero."""
+    found: dict[bool, list[float]] = {False: [0.0], True: [0.0]}
+    for works, seconds, missed in samples:
+        alone_s = sum(costs[work.key].seconds(work, float(missed)) for work in works)
+        found[missed].append((seconds - alone_s) / len(works))
+    hot, cold = (max(0.0, median(found[missed][1:] or found[missed])) for missed in (False, True))
+    return Toll(hot, max(0.0, cold - hot))
+
+
+def fit_sums(rows: Sequence[tuple[Sequence[float], float]]) -> list[float]:
+    """Prices >= 0 from rows of (how many of each, seconds of all): least squares of relative errors."""
+    return _non_negative(np.array([counts for counts, _ in rows]), np.array([seconds for _, seconds in rows]))
+
+
+def typical(values: Sequence[float]) -> float:
+    """What work takes when nobody disturbs it: the median of the lowest eighth of its samples, at least three. On a
+    busy machine most samples say what the neighbours do."""
     ordered = sorted(values)
     return median(ordered[: max(3, len(ordered) // 8)])
 
 
 def noise(values: Sequence[float]) -> float:
-    """How much longer the middle sample took than an undisturbed one, as a fraction."""
-    return median(values) / low(values) - 1.0
+    """How much longer the middle sample took than a typical one, as a fraction."""
+    return median(values) / typical(values) - 1.0

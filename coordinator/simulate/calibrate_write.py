@@ -5,31 +5,33 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from coordinator.simulate.hardware import Cost
+from coordinator.simulate.hardware import Cost, Toll
 
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """How workers hand over bytes: `latency_s` of each transfer, seconds per byte, `further_s` of each worker that
-    takes part in a step besides the host."""
+    """How workers hand over bytes: `wake` of a worker that waited, `each` transfer, seconds per byte, and `further` of
+    each worker that takes part in a step besides the host."""
 
     name: str
-    latency_s: float
+    wake: Toll
+    each: Toll
     byte_s: float
-    further_s: float
+    further: Toll
 
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
     """Everything that was measured of one machine. `about` are lines for people; `copy_rate` in bytes/s, `flops` the
-    fastest product's FLOP/s. `step_missed_s` is what a step takes longer behind an emptied cache for an accelerator and
-    for the host, `split_s` what a split takes and how much more then."""
+    fastest product's FLOP/s. `step` is what a step takes, `first` and `split` its first run of ops on a worker and each
+    later one, `mixed` an operation among others."""
 
     about: tuple[str, ...]
     costs: Mapping[str, Cost]
-    step_s: float
-    step_missed_s: tuple[float, float]
-    split_s: tuple[float, float]
+    step: Toll
+    first: Toll
+    split: Toll
+    mixed: Toll
     cache_nbytes: int
     copy_rate: float
     flops: float
@@ -45,9 +47,8 @@ def system_text(found: Calibration, workers: Sequence[tuple[str, bool, int, int]
         lines += [
             f"alignment = {alignment}", f"bandwidth_gbs = {found.copy_rate / 1e9:.4g}",
             f"fp16_tflops = {found.flops / 1e12:.4g}", f"rates_tflops = {_inline(_rates(found))}",
-            f"launch_us = {_least_us(found.costs):.4g}", f"step_us = {found.step_s * 1e6:.4g}",
-            f"step_missed_us = {found.step_missed_s[not accelerator] * 1e6:.4g}",
-            f"split_us = {found.split_s[0] * 1e6:.4g}", f"split_missed_us = {found.split_s[1] * 1e6:.4g}",
+            f"launch_us = {_least_us(found.costs):.4g}", *_toll("step", found.step), *_toll("first", found.first),
+            *_toll("split", found.split), *_toll("mixed", found.mixed),
             f"cache = {found.cache_nbytes}",
             "async_copies = true",
             'source = { costs = "measured" }', "", "[device.costs]",
@@ -65,13 +66,20 @@ def network_text(about: Sequence[str], link: Link) -> str:
             "",
             "[[link]]",
             f'name = "{link.name}"',
-            f"latency_us = {link.latency_s * 1e6:.4g}",
+            "latency_us = 0",
+            *_toll("wake", link.wake),
+            *_toll("each", link.each),
             f"bandwidth_gbs = {1e-9 / link.byte_s:.4g}",
-            f"fixed_ms_per_token = {link.further_s * 1e3:.4g}",
-            'source = { latency_us = "measured" }',
+            f"fixed_ms_per_token = {link.further.base_s * 1e3:.4g}",
+            f"fixed_missed_us = {link.further.missed_s * 1e6:.4g}",
+            'source = { latency_us = "in wake_us", bandwidth_gbs = "measured", wake_us = "measured" }',
             "",
         ]
     )
+
+
+def _toll(name: str, toll: Toll) -> tuple[str, str]:
+    return f"{name}_us = {toll.base_s * 1e6:.4g}", f"{name}_missed_us = {toll.missed_s * 1e6:.4g}"
 
 
 def _rates(found: Calibration) -> dict[str, float]:
@@ -91,6 +99,8 @@ def _least_us(costs: Mapping[str, Cost]) -> float:
 
 def _numbers(cost: Cost) -> Iterator[tuple[str, float]]:
     yield "us", cost.op_s * 1e6
+    if cost.missed_op_s > 0.0:
+        yield "missed_us", cost.missed_op_s * 1e6
     for key, per in (
         ("weights_gbs", cost.weight_s), ("missed_gbs", cost.missed_s), ("gbs", cost.byte_s), ("gflops", cost.flop_s)
     ):  # fmt: skip

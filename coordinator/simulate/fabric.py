@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from coordinator.simulate.hardware import FREE, Toll
+
 
 @dataclass(frozen=True, slots=True)
 class Route:
@@ -13,6 +15,7 @@ class Route:
     `bandwidth` in bytes/s; `media` index the fabric's shared media. `jitter` j makes a transfer slower by a factor
     between 1 and 1 + j. `fixed_s` is spent once per evaluation by a device that receives over it (RPC, a further GPU).
     `pageable` bytes/s are reached out of memory that is not pinned: the weights of a mapped file; 0: `bandwidth`.
+    `wake`, `each` and `fixed_missed_s` as of a LinkModel.
     """
 
     name: str
@@ -22,6 +25,9 @@ class Route:
     jitter: float = 0.0
     fixed_s: float = 0.0
     pageable: float = 0.0
+    wake: Toll = FREE
+    each: Toll = FREE
+    fixed_missed_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,9 @@ CLASSES: Final = ("nvidia", "nvidia-old", "amd", "apple", "intel", "cpu")
 FAMILIES: Final = ("f32", "f16", "quant")
 """Families of weight types that matrix rates are given for; BF16 counts as F16."""
 
+PLAIN: Final = ("COPY", "OUTPUT")
+"""What has a cost as ops have, but is none: a copy between tensors, a result on its way into a reply."""
+
 GEMM_ROWS: Final = 16
 """From this many columns on a product is computed as matrix times matrix; below, column by column."""
 
@@ -57,7 +60,8 @@ class Work:
 class Cost:
     """What an op was measured to cost: seconds per op, byte of weights, other byte and FLOP, all of which add up.
 
-    `weight_s` is for weights that lie in the cache, `missed_s` for those that have to come from memory.
+    `weight_s` is for weights that lie in the cache, `missed_s` for those that have to come from memory, and
+    `missed_op_s` what an op costs more then, however many they are.
     """
 
     op_s: float = 0.0
@@ -65,12 +69,31 @@ class Cost:
     missed_s: float = 0.0
     byte_s: float = 0.0
     flop_s: float = 0.0
+    missed_op_s: float = 0.0
 
     def seconds(self, work: Work, missed: float = 0.0) -> float:
         """How long `work` takes when this share of its weights is not in the cache."""
         weight_s = self.weight_s + missed * max(0.0, self.missed_s - self.weight_s)
         moved = work.read_nbytes + work.write_nbytes
-        return self.op_s + work.weight_nbytes * weight_s + moved * self.byte_s + work.flops * self.flop_s
+        op_s = self.op_s + missed * self.missed_op_s
+        return op_s + work.weight_nbytes * weight_s + moved * self.byte_s + work.flops * self.flop_s
+
+
+@dataclass(frozen=True, slots=True)
+class Toll:
+    """What something costs each time, in seconds, and how much more at most when weights have driven everything else
+    out of the cache."""
+
+    base_s: float = 0.0
+    missed_s: float = 0.0
+
+    def seconds(self, missed: float) -> float:
+        """With this share of the weights not in the cache."""
+        return self.base_s + missed * self.missed_s
+
+
+FREE: Final = Toll()
+"""Costs nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +113,9 @@ class DeviceModel:
     - `sources`: where each number comes from, by the name it has in a file.
     - `costs`: measured ops (crossdock calibrate) by `Work.key`, or by what is before its dot; they replace the law.
     - `cache_nbytes`: the last-level cache, which all devices that have one share (workers on one chip).
-    - `split_s`: overhead of each run of ops in a split. `split_missed_s` and `step_missed_s`: how much more a run of
-      ops and an evaluation cost when weights drove everything else out of the cache.
+    - `first` and `split`: overhead of an evaluation's first run of ops and of each later one, as measured; `mixed`: of
+      each op that has a measured cost and comes after ops of other kinds. `step_missed_s`: how much more an evaluation
+      costs the host when weights drove everything else out of the cache.
     - `accelerator`: the scheduler takes a device of class cpu for one, as it does crossdock's own workers.
     """
 
@@ -115,15 +139,16 @@ class DeviceModel:
     costs: Mapping[str, Cost] = field(default_factory=_none)
     cache_nbytes: int = 0
     step_missed_s: float = 0.0
-    split_s: float = 0.0
-    split_missed_s: float = 0.0
+    first: Toll = FREE
+    split: Toll = FREE
+    mixed: Toll = FREE
     accelerator: bool = False
 
     def seconds(self, work: Work, missed: float = 0.0) -> float:
         """How long `work` takes, its launch included; `missed` is the share of its weights that the cache lost."""
         cost = self.costs.get(work.key) or self.costs.get(work.key.partition(".")[0])
         if cost is not None:
-            return cost.seconds(work, missed)
+            return cost.seconds(work, missed) + (self.mixed.seconds(missed) if work.op not in PLAIN else 0.0)
         return self.launch_s + self.busy_s(work)
 
     def missed(self, nbytes: int) -> float:
@@ -178,7 +203,10 @@ class LinkModel:
 
     `latency_s` of each message, `bandwidth` in bytes/s, `duplex`: both directions at full speed at once. Links of one
     `segment` share its bandwidth (a switch, a PCIe root, a network card); "" is a segment of its own. `jitter` is a
-    fraction of the time, `fixed_s_per_token` what a remote device costs each graph evaluation (RPC).
+    fraction of the time, `fixed_s_per_token` what a remote device costs each graph evaluation (RPC), `further_s` what
+    it costs one to go on from one accelerator to a further one. `pageable` bytes/s are reached out of a mapped file; 0:
+    `bandwidth`. As measured between processes: `wake` once for everything that a device receives at a split, `each` for
+    every transfer of it, and `fixed_missed_s` besides `fixed_s_per_token` when weights have emptied the cache.
     """
 
     name: str
@@ -188,6 +216,11 @@ class LinkModel:
     segment: str = ""
     jitter: float = 0.0
     fixed_s_per_token: float = 0.0
+    further_s: float = 0.0
+    pageable: float = 0.0
+    wake: Toll = FREE
+    each: Toll = FREE
+    fixed_missed_s: float = 0.0
     sources: Mapping[str, str] = field(default_factory=_none)
 
     def seconds(self, nbytes: int) -> float:

@@ -69,9 +69,10 @@ def time_program(
 ) -> Timed:
     """Each worker's instructions with their durations on `models`, by worker; the last one is the coordinator's host.
 
-    An evaluation costs each device that takes part its `step_s`, and its link's `fixed_s` once. Weights that are sent
-    from the host's memory lie in a mapped file, which is slower than pinned memory where the link says so. Outputs on
-    other workers than the host's travel to it at the end. Raises UsageError when two devices have no link.
+    An evaluation costs each device that takes part its `step_s`, and its link's `fixed_s` once; `wake` and `each` of a
+    link delay what is received at a split. Weights that are sent from the host's memory lie in a mapped file, which is
+    slower than pinned memory where the link says so. Outputs on other workers than the host's travel to it at the end,
+    unless it was measured what replies cost. Raises UsageError when two devices have no link.
     """
     return _Timing(lowered, models, fabric, streams).run(name or lowered.plan.graph.name, buffered)
 
@@ -88,15 +89,16 @@ class _Timing:
         self.footprint = sum(map(weight_footprint, on_chip))
 
     def run(self, name: str, buffered: bool) -> Timed:
-        for worker in range(self.host):
+        for worker in range(len(self.models)):
             self._charge(worker)
+            self._delay(worker)
         workers = [self._worker(index) for index in range(len(self.lowered.programs))]
         return Timed(name, tuple(map(tuple, workers)), tuple(self.hops), buffered)
 
     def _worker(self, worker: int) -> list[Act]:
         model, program = self.models[worker], self.lowered.programs[worker]
         missed = model.missed(self.footprint)
-        split_s = model.split_s + missed * model.split_missed_s
+        overhead = model.first
         acts: list[Act] = []
         if program.instructions and model.step_s:
             more = missed * model.step_missed_s if worker == self.host else 0.0
@@ -106,14 +108,16 @@ class _Timing:
                 continue
             if item.kind is Kind.RUN:
                 ops = program.ops[item.first : item.last]
-                seconds = split_s + sum(self._seconds(worker, work_of(op, self.streams)) for op in ops)
+                seconds = sum(self._seconds(worker, work_of(op, self.streams)) for op in ops)
+                seconds += overhead.seconds(missed)
+                overhead = model.split
                 acts.append(Act(Do.RUN, seconds, -1, item.split))
             elif item.kind is Kind.COPY:
                 acts.append(Act(Do.COPY, self._seconds(worker, copy_work(item.nbytes)), -1, item.split))
             else:
                 acts.append(Act(int(item.kind), 0.0, item.transfer, item.split))
         acts += self._replies(worker)
-        if worker != self.host:
+        if worker != self.host and OUTPUT not in model.costs:
             for port in program.outputs:
                 self.hops.append(
                     Hop(worker, -1, port.nbytes, len(self.lowered.plan.splits), port.name, self._route(worker, -1))
@@ -145,23 +149,42 @@ class _Timing:
         return self.known[key]
 
     def _charge(self, worker: int) -> None:
-        """A link's fixed cost, and what an emptied cache adds, once per evaluation: it goes with what a device receives
-        before its first operation.
+        """A link's fixed cost, once per evaluation: it goes with what a device receives before its first operation.
 
         A device that takes all of that at once pays on each transfer, so that the last to come is late, whichever that
         is; one that takes them in turn pays on the last.
         """
+        if worker == self.host:
+            return
         first: list[int] = []
         model = self.models[worker]
-        late = model.missed(self.footprint) * model.step_missed_s
+        missed = model.missed(self.footprint)
         for item in self.lowered.programs[worker].instructions:
             if item.kind is Kind.RUN and first:
                 break
-            if item.kind is Kind.RECV and (late or self.fabric.routes[self.hops[item.transfer].route].fixed_s):
+            if item.kind is Kind.RECV and self.fabric.routes[self.hops[item.transfer].route].fixed_s:
                 first.append(item.transfer)
         for transfer in first if model.async_copies else first[-1:]:
             hop = self.hops[transfer]
-            self.hops[transfer] = hop._replace(extra_s=self.fabric.routes[hop.route].fixed_s + late)
+            route = self.fabric.routes[hop.route]
+            self.hops[transfer] = hop._replace(extra_s=route.fixed_s + missed * route.fixed_missed_s)
+
+    def _delay(self, worker: int) -> None:
+        """What receiving costs a process: to wake up, and to take every transfer of a split, one after the other. Of
+        several, each is late by all that still follow it, so that the last to come delays the worker."""
+        missed = self.models[worker].missed(self.footprint)
+        together: list[int] = []
+        for item in (*self.lowered.programs[worker].instructions, None):
+            if item is not None and item.kind is Kind.RECV:
+                together.append(item.transfer)
+            elif item is None or item.kind is not Kind.WAIT:
+                rest_s = 0.0
+                for transfer in reversed(together):
+                    hop = self.hops[transfer]
+                    route = self.fabric.routes[hop.route]
+                    rest_s += route.each.seconds(missed)
+                    self.hops[transfer] = hop._replace(extra_s=hop.extra_s + route.wake.seconds(missed) + rest_s)
+                together = []
 
     def _route(self, source: int, target: int) -> int:
         target = self.host if target < 0 else target

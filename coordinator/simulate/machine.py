@@ -14,13 +14,6 @@ from protocol.ops import Op
 OFFLOAD_BATCH = 32
 """Rows from which a GPU takes an op whose weights lie in host memory (CUDA's rule)."""
 
-HOPS: Mapping[str, float] = {"pcie3x16": 200e-6, "pcie4x16": 200e-6, "pcie5x16": 150e-6, "nvlink3": 100e-6}
-"""Seconds that each further GPU adds to an evaluation, by kind of link: 200 us over PCIe is what published layer splits
-show (rows X11 to X22 of the table), the others are assumed."""
-
-PAGEABLE: Mapping[str, float] = {"pcie3x16": 1.9e9, "pcie4x16": 4.8e9, "pcie5x16": 9.6e9}
-"""Bytes/s of weights out of a mapped file, by kind of link (rows O10 to O18, O26; PCIe 5 assumed)."""
-
 LinkOf = Callable[[str, str], LinkModel | None]
 """The link from one device to another by their names, None where there is none."""
 
@@ -101,8 +94,8 @@ def make_fabric(names: Sequence[str], link_of: LinkOf, capacities: Mapping[str, 
             routes.append(
                 Route(
                     f"{link.name} {names[a]} -> {names[b]}", link.latency_s, link.bandwidth, tuple(shared), link.jitter,
-                    link.fixed_s_per_token or (0.0 if host else HOPS.get(link.name, 0.0)),
-                    PAGEABLE.get(link.name, 0.0),
+                    link.fixed_s_per_token or (0.0 if host else link.further_s),
+                    link.pageable, link.wake, link.each, link.fixed_missed_s,
                 )
             )  # fmt: skip
     return Fabric(tuple(routes), index, tuple(capacity), tuple(media))

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Final
 
-from coordinator.simulate.hardware import LinkModel
+from coordinator.simulate.hardware import FREE, LinkModel
 from coordinator.simulate.known import presets_file
 from coordinator.simulate.tables import Table, only_keys, read_toml, tables_of
 from protocol.errors import UsageError
@@ -68,8 +68,10 @@ def uniform(link: LinkModel) -> Network:
 def load_network(path: Path) -> Network:
     """A network from TOML: `[[link]]` tables with `from`, `to`, a `preset` or numbers, and `[segments]` in GB/s.
 
-    Numbers: latency_us, bandwidth_gbs, duplex, segment, jitter, fixed_ms_per_token. A rule counts in both directions
-    unless it says `both = false`. Raises UsageError naming file, table, key, what was expected and what was found.
+    Numbers: latency_us, bandwidth_gbs, duplex, segment, jitter, fixed_ms_per_token, further_us, pageable_gbs, and what
+    `crossdock calibrate` writes: wake_us, each_us, both with a _missed_us besides, fixed_missed_us. A rule counts in
+    both directions unless it says `both = false`. Raises UsageError naming file, table, key, what was expected and what
+    was found.
     """
     document = read_toml(path)
     only_keys(document, ("link", "segments"), str(path))
@@ -128,6 +130,11 @@ def _read_link(table: Table, where: str) -> LinkModel:
         jitter=table.number("jitter", base.jitter if base else 0.0, high=100.0),
         fixed_s_per_token=table.number("fixed_ms_per_token", base.fixed_s_per_token * 1e3 if base else 0.0, high=1e6)
         * 1e-3,
+        further_s=table.number("further_us", base.further_s * 1e6 if base else 0.0, high=1e9) * 1e-6,
+        pageable=table.number("pageable_gbs", base.pageable / 1e9 if base else 0.0, high=1e6) * 1e9,
+        wake=table.toll("wake", base.wake if base else FREE),
+        each=table.toll("each", base.each if base else FREE),
+        fixed_missed_s=table.number("fixed_missed_us", base.fixed_missed_s * 1e6 if base else 0.0, high=1e9) * 1e-6,
         sources=(dict(base.sources) if base else {}) | sources,
     )
     table.end()

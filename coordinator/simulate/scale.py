@@ -10,6 +10,7 @@ from coordinator.model.presets import Blueprint
 from coordinator.simulate.engine import simulate
 from coordinator.simulate.fabric import Fabric, Route
 from coordinator.simulate.machine import Machine
+from coordinator.simulate.predict import PHASES
 from coordinator.simulate.series import Load, Options, Series, make_series
 from coordinator.simulate.timed import Timed
 from coordinator.simulate.timeline import Timeline
@@ -26,11 +27,11 @@ MAX_SCALE = 4096
 
 @dataclass(frozen=True, slots=True)
 class ScalePoint:
-    """Rates with `workers` accelerators in `pipelines`, and what limits them.
+    """Rates with `workers` accelerators in `pipelines`, and what limits them: all images, all prompts, all tokens.
 
     Tokens after the prompt and tokens of prompts per second; `end_s` when all is done; speed-up over the first point
-    and its share per worker; the mean share of the time that accelerators and the host compute; the busiest link; and
-    what the simulation itself took, in events and seconds.
+    and its share per worker; the mean share of the time that accelerators and the host compute; the busiest link;
+    whether the model fits the memory; and what the simulation itself took, in events and seconds.
     """
 
     workers: int
@@ -45,6 +46,7 @@ class ScalePoint:
     host_busy: float
     link: str
     link_busy: float
+    fits: bool
     n_events: int
     wall_s: float
 
@@ -86,27 +88,33 @@ def scaling(
 
 
 def _point(series: Series, n: int, requests: int, seed: int, first: ScalePoint | None) -> ScalePoint:
+    """All images, then all prompts, then all tokens: the rate of one is not mixed with the others."""
     pipelines = n // (len(series.machine.models) - 1)
     start = time.perf_counter()
-    timeline = run_pipelines(series, pipelines, requests, seed=seed)
-    wall = time.perf_counter() - start
-    load, end = series.load, timeline.end_s
-    made = load.n_predict * load.batch * requests
-    rates = {tag: timeline.span(tag) for tag in ("prompt", "token")}
-    busy = [totals.busy_s / end for totals in timeline.workers]
-    share, route = max((seconds / end, -k) for k, seconds in enumerate([*timeline.route_busy_s, 0.0]))
+    parts = {tag: _part(series, tag, pipelines, requests, seed) for tag in PHASES}
+    wall, load = time.perf_counter() - start, series.load
+    done, end = list(parts.values()), sum(part.end_s for part in parts.values())
+    busy = [sum(part.workers[k].busy_s for part in done) / end for k in range(len(done[0].workers))]
+    routes = [sum(part.route_busy_s[k] for part in done) for k in range(len(done[0].fabric.routes))]
+    share, route = max((seconds / end, -k) for k, seconds in enumerate([*routes, 0.0]))
+    token_s = parts["token"].end_s
     point = ScalePoint(
         workers=n, pipelines=pipelines, requests=requests,
-        tokens_per_s=made / rates["token"] if rates["token"] else 0.0,
-        prompt_per_s=load.n_prompt * load.batch * requests / rates["prompt"] if rates["prompt"] else 0.0,
+        tokens_per_s=load.n_predict * load.batch * requests / token_s if token_s else 0.0,
+        prompt_per_s=load.n_prompt * load.batch * requests / parts["prompt"].end_s,
         end_s=end, speedup=1.0, efficiency=1.0, busy=sum(busy[:-1]) / n, host_busy=busy[-1],
-        link=timeline.fabric.routes[-route].name if share else "", link_busy=share,
-        n_events=timeline.n_events, wall_s=wall,
+        link=done[0].fabric.routes[-route].name if share else "", link_busy=share, fits=not series.short,
+        n_events=sum(part.n_events for part in done), wall_s=wall,
     )  # fmt: skip
     if first is None:
         return point
     speedup = (requests / end) / (first.requests / first.end_s)
     return replace(point, speedup=speedup, efficiency=speedup * first.workers / n)
+
+
+def _part(series: Series, tag: str, pipelines: int, requests: int, seed: int) -> Timeline:
+    jobs = tuple(job for job in series.jobs if job.tag == tag)
+    return run_pipelines(replace(series, jobs=jobs), pipelines, requests, seed=seed)
 
 
 def run_pipelines(series: Series, pipelines: int, requests: int, *, seed: int = 0, check: bool = False) -> Timeline:

@@ -96,7 +96,7 @@ class _Maker:
         self.machine, self.options = machine, options
         vision = self.params.vision
         self.load = load = replace(load, n_images=load.n_images if vision is not None else 0)
-        self.n_ctx = _context(self.params.text.n_ctx_train, options.n_ctx, load)
+        self.n_ctx = context(self.params.text.n_ctx_train, options.n_ctx, load)
         self.n_cross = load.n_images * vision.max_tiles * vision.n_tile_tokens if vision is not None else 0
         self.placement = plan_placement(
             machine.devices, machine.limits, self.params.text.n_layer, options.placement
@@ -211,8 +211,8 @@ class _Maker:
         )  # fmt: skip
 
 
-def _context(trained: int, wanted: int, load: Load) -> int:
-    """Positions of a sequence's cache. Raises UsageError."""
+def context(trained: int, wanted: int, load: Load) -> int:
+    """Positions of a sequence's cache: `wanted`, or for 0 what `load` needs. Raises UsageError for too many."""
     needed = load.n_prompt + load.n_predict
     if wanted > trained:
         raise UsageError(f"--ctx-size {wanted}: the model was trained for at most {trained} tokens")

@@ -11,7 +11,7 @@ from coordinator.model.presets import Blueprint
 from coordinator.schedule.outline import DeviceMemory
 from coordinator.simulate.machine import Machine
 from coordinator.simulate.predict import Prediction, predict
-from coordinator.simulate.series import Load, Options, make_series
+from coordinator.simulate.series import Load, Options, context, make_series
 from protocol.errors import UsageError
 
 MAX_POINTS = 2000
@@ -25,6 +25,7 @@ KEYS = ("n-gpu-layers", *_LOAD_KEYS, "ctx-size", "parallel")
 
 _RANGE = re.compile(r"(\d{1,7})\.\.(\d{1,7})(?::(\d{1,7}))?")
 _LEAST = {"prompt": 1, "ubatch": 1, "batch": 1, "requests": 1}
+_MOST = {"parallel": 1}
 
 Values = dict[str, tuple[int, ...]]
 
@@ -58,7 +59,7 @@ def parse_sweep(text: str) -> Values:
             values[key] = ()
         if not key:
             raise UsageError(f"--sweep {text}: expected KEY=VALUES first, such as n-gpu-layers=0..40")
-        values[key] += _numbers(part.strip(), text, _LEAST.get(key, 0))
+        values[key] += _numbers(part.strip(), text, _LEAST.get(key, 0), _MOST.get(key))
     n = 1
     for found in values.values():
         n *= len(found)
@@ -67,13 +68,15 @@ def parse_sweep(text: str) -> Values:
     return values
 
 
-def _numbers(part: str, text: str, least: int) -> tuple[int, ...]:
+def _numbers(part: str, text: str, least: int, most: int | None) -> tuple[int, ...]:
     match = _RANGE.fullmatch(part)
     if match is not None:
         first, last, step = int(match[1]), int(match[2]), int(match[3] or 1)
         found = tuple(range(first, last + 1, step)) if step else ()
     else:
         found = (int(part),) if part.isascii() and part.isdecimal() and len(part) <= 7 else ()
+    if most is not None and found and found[-1] > most:
+        raise UsageError(f"--sweep {text}: {part!r}: expected {least} to {most}")
     if not found or found[0] < least:
         raise UsageError(f"--sweep {text}: {part!r}: expected a number or A..B[:STEP], from {least} on")
     return found
@@ -82,11 +85,30 @@ def _numbers(part: str, text: str, least: int) -> tuple[int, ...]:
 def sweep(
     blueprint: Blueprint, machine: Machine, options: Options, load: Load, values: Values, *, seed: int = 0
 ) -> Iterator[Point]:
-    """A point for each combination, the last key changing fastest. Raises UsageError for one that cannot be meant."""
+    """A point for each combination, the last key changing fastest.
+
+    Raises UsageError for one that cannot be meant, before the first is simulated.
+    """
+    _check(blueprint, options, load, values)
     for combination in product(*values.values()):
         chosen = dict(zip(values, combination, strict=True))
         changed, request = apply(options, load, chosen)
         yield point(chosen, predict(make_series(blueprint, machine, changed, request), seed=seed))
+
+
+def _check(blueprint: Blueprint, options: Options, load: Load, values: Values) -> None:
+    """What is sure to fail for some combination should not do so after minutes of others. Raises UsageError."""
+    params = blueprint.params
+    n_layer, layers = params.text.n_layer, max(values.get("n-gpu-layers", (0,)))
+    if layers > n_layer + 1:
+        raise UsageError(
+            f"--sweep n-gpu-layers: {layers}: the model has {n_layer} layers and an output: expected 0 to {n_layer + 1}"
+        )
+    if params.vision is None and max(values.get("images", (0,))):
+        raise UsageError(f"--sweep images: {params.name} takes no images")
+    for combination in product(*values.values()):
+        changed, request = apply(options, load, dict(zip(values, combination, strict=True)))
+        context(params.text.n_ctx_train, changed.n_ctx, request)
 
 
 def apply(options: Options, load: Load, chosen: Mapping[str, int]) -> tuple[Options, Load]:

@@ -38,8 +38,8 @@ def load_system(path: Path) -> System:
     the builds, `flash_attention` whether it is used. Everything that follows from the class can be said instead:
     memory, bandwidth_gbs, rates_tflops by family, efficiency by kind or kind.type, gweights_per_s by type or family,
     attention_tflops, launch_us, step_us, alignment, max_buffer, unsupported_ops, unsupported_types, async_copies; and
-    what `crossdock calibrate` writes: costs, cache, split_us, split_missed_us, step_missed_us,
-    accelerator. `source` says where numbers come from.
+    what `crossdock calibrate` writes: costs, cache, accelerator, step_missed_us and, each with a
+    _missed_us besides, first_us, split_us, mixed_us. `source` says where numbers come from.
     Raises UsageError naming file, table, key, what was expected and found.
     """
     document = read_toml(path)
@@ -87,8 +87,9 @@ def _read_device(name: str, table: Table, where: str, year: float, flash: bool) 
         costs=_costs(table, where),
         cache_nbytes=table.size("cache", base.cache_nbytes),
         step_missed_s=table.number("step_missed_us", base.step_missed_s * 1e6, high=1e9) * 1e-6,
-        split_missed_s=table.number("split_missed_us", base.split_missed_s * 1e6, high=1e9) * 1e-6,
-        split_s=table.number("split_us", base.split_s * 1e6, high=1e9) * 1e-6,
+        first=table.toll("first", base.first),
+        split=table.toll("split", base.split),
+        mixed=table.toll("mixed", base.mixed),
         accelerator=table.flag("accelerator", base.accelerator),
     )
     table.end()
@@ -133,7 +134,8 @@ def _efficiency(table: Table, where: str) -> dict[str, float]:
 
 
 def _costs(table: Table, where: str) -> dict[str, Cost]:
-    """Measured costs of ops: `us` of each, `weights_gbs`, `missed_gbs` and `gbs`, `gflops`; none where not said."""
+    """Measured costs of ops: `us` and `missed_us` of each, `weights_gbs`, `missed_gbs` and `gbs`, `gflops`; none where
+    not said."""
     found = {}
     for name, inner in table.tables("costs"):
         if not COST_NAME.fullmatch(name):
@@ -142,7 +144,8 @@ def _costs(table: Table, where: str) -> dict[str, Cost]:
         per = {key: 1e-9 / rate if rate else 0.0 for key, rate in rates.items()}
         op_s = inner.number("us", 0.0, high=1e12) * 1e-6
         missed = per["missed_gbs"] or per["weights_gbs"]
-        found[name] = Cost(op_s, per["weights_gbs"], missed, per["gbs"], per["gflops"])
+        missed_op_s = inner.number("missed_us", 0.0, high=1e12) * 1e-6
+        found[name] = Cost(op_s, per["weights_gbs"], missed, per["gbs"], per["gflops"], missed_op_s)
         inner.end()
     return found
 

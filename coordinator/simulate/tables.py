@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from coordinator.config import parse_size
+from coordinator.simulate.hardware import Toll
 from protocol.errors import UsageError
 
 SCHEMA: Final = 1
@@ -66,6 +67,11 @@ class Table:
         if not (math.isfinite(value) and low <= value <= high):
             raise UsageError(f"{self.where}: {key} is {value!r}: expected {low:g} to {high:g}")
         return float(value)
+
+    def toll(self, key: str, default: Toll) -> Toll:
+        """`key`_us and `key`_missed_us."""
+        base_us = self.number(f"{key}_us", default.base_s * 1e6, high=1e9)
+        return Toll(base_us * 1e-6, self.number(f"{key}_missed_us", default.missed_s * 1e6, high=1e9) * 1e-6)
 
     def text(self, key: str, default: str | None = None, choices: tuple[str, ...] = ()) -> str:
         """A string, one of `choices` where there are any."""

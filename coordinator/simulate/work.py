@@ -58,7 +58,7 @@ def _mul_mat(op: OpRecord, streams: int) -> Work:
     rows = prod(x.ne[1:]) // max(1, matrices)
     n = _size(weights)
     if rows >= GEMM_ROWS:
-        return Work("matmat", weights.dtype, _nbytes(weights), n, 0, 0, 2 * n * rows, rows)
+        return Work("matmat", weights.dtype, _nbytes(weights), n, 0, 0, 2 * n * rows, rows, op.op.name)
     return Work("matvec", weights.dtype, _nbytes(weights), n, _nbytes(x), _nbytes(op.dst), 2 * n * rows, rows)
 
 

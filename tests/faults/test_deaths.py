@@ -161,7 +161,7 @@ def test_killed_coordinator(stage: str, long_model: Path) -> None:
     assert result.stderr == ""
 
 
-FAST = {("key", "reading"), ("SIGTERM", "loading"), ("key", "decoding")}
+FAST = {("key", "reading"), ("key", "decoding")}
 
 
 @pytest.mark.parametrize(

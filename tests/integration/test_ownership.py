@@ -49,6 +49,7 @@ def test_discussion_10780(scene: Scene) -> None:
     assert all(o.answer == right and o.finding is None for o in outcomes(scene, "s1", Ownership.SAFE))
 
 
+@pytest.mark.slow
 def test_the_story_of_10780(scene: Scene) -> None:
     cause = replace(CAUSES["s1"], variants=CAUSES["s1"].variants[:2])
     hidden, shown = (o.finding for o in reproduce(scene, cause, Ownership.STRICT))
@@ -131,10 +132,10 @@ def test_a_planted_fault_is_found(
 
 
 def test_a_clean_strict_run(demo: Loaded, prompt: Prompt) -> None:
-    for check, (ownership, share) in itertools.product(
-        (True, False), ((Ownership.SAFE, True), (Ownership.STRICT, False))
-    ):
-        with fleet_of("cpu:1,accel:2") as fleet:
+    with fleet_of("cpu:1,accel:2") as fleet:
+        for check, (ownership, share) in itertools.product(
+            (True, False), ((Ownership.SAFE, True), (Ownership.STRICT, False))
+        ):
             options = SessionOptions(ownership=ownership, share_scheduler=share, check=check)
             assert "red tower" in answer(fleet, demo, prompt, options).text
 

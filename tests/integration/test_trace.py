@@ -23,6 +23,7 @@ from coordinator.simulate.hardware import DeviceModel, LinkModel
 from coordinator.simulate.machine import make_machine
 from protocol.errors import CrossdockError, InputError, UsageError
 from tests.integration.describing import Loaded, chat_prompt, load
+from tests.report.trace_format import faults
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SLACK_S = 2e-9
@@ -127,7 +128,9 @@ def test_the_command_writes_both_into_one_file(tmp_path: Path, capsys: pytest.Ca
     document = json.loads(capsys.readouterr().out)
     assert document["virtual"]["devices"] == ["gpu0", "cpu"]
     assert 0 < document["virtual"]["encode_ms"] < 1000
-    events = json.loads(path.read_text())["traceEvents"]
+    written = json.loads(path.read_text())
+    assert not list(faults(written))
+    events = written["traceEvents"]
     names = {event["args"]["name"] for event in events if event["name"] == "process_name"}
     assert names >= {"devices", "simulated devices", "links", "simulated links"}
 

@@ -5,17 +5,22 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from coordinator.cli.parser import parse
+from coordinator.ownership import check
 from coordinator.ownership.facts import Finding, Kind
 from coordinator.ownership.loans import check_loans, check_lowered
+from coordinator.ownership.sequence import Sequence
+from coordinator.ownership.tenancy import difference
 from coordinator.report.story import story
 from coordinator.schedule.lower import Lowered, lower
 from coordinator.schedule.scheduler import Scheduler
 from protocol.errors import CrossdockError, Exit
+from protocol.ops import Flag
 from protocol.program import Kind as Does
 from tests.schedule.test_lower import DEVICES, Homes, forks, ladder
 
@@ -81,6 +86,14 @@ def test_a_scenario_that_lies_is_found(capsys: pytest.CaptureFixture[str], tmp_p
     assert json.loads(out)[0]["as_documented"] is False
 
 
+def test_what_shows_comes_before_what_is_hidden_and_costs_come_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    cost, shown = Finding(Kind.NEEDLESS_REALLOC, "a", ""), Finding(Kind.OVERLAP, "a.y", "")
+    hidden, twice = (Finding(Kind.STALE_READ, name, "", latent=True) for name in ("a.x", "a.z"))
+    found = [cost, hidden, shown, twice, replace(twice, latent=False)]
+    monkeypatch.setattr(check, "walk", lambda sequence: SimpleNamespace(findings=found, plans=[]))
+    assert check.check_sequence(Sequence((), {}, ())) == (shown, replace(twice, latent=False), hidden, cost)
+
+
 def test_every_story_can_be_told() -> None:
     for kind in Kind:
         assert story(Finding(kind, "g.x", "because"))[0].startswith(str(kind).replace("-", " "))
@@ -123,6 +136,9 @@ def test_a_document_whose_second_graph_reads_the_first(capsys: pytest.CaptureFix
     assert (found["kind"], found["tensor"], found["reader"]["graph"]) == ("stale-read", "a.y", "b")
     clean = {**DOCUMENT, "graphs": DOCUMENT["graphs"][:1]}
     assert findings(capsys, "--graph", write(tmp_path, clean)) == []
+    third = {**DOCUMENT, "graphs": [*DOCUMENT["graphs"], {**DOCUMENT["graphs"][1], "name": "c"}]}
+    told = findings(capsys, "--graph", write(tmp_path, third))
+    assert [(f["tensor"], f["reader"]["graph"]) for f in told] == [("a.y", "b"), ("a.y", "c")]
 
 
 def test_a_document_with_an_unwritten_leaf(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -144,6 +160,16 @@ def test_a_document_with_an_unwritten_leaf(capsys: pytest.CaptureFixture[str], t
 def test_bad_arguments(arguments: tuple[str, ...], says: str) -> None:
     with pytest.raises(CrossdockError, match=says):
         parse(list(arguments))()
+
+
+def test_the_difference_of_two_graphs_is_named() -> None:
+    """Weights of another name are other weights; a result of another name is the same result."""
+    first, other = ladder(2), ladder(2)
+    weights = next(t for t in first.tensors if t.buffer is not None)
+    tensors = [replace(t, name="else") if t.id == weights.id or t.flags & Flag.OUTPUT else t for t in other.tensors]
+    assert difference("g", replace(other, tensors=tuple(tensors)), first) == "g.else"
+    renamed = [replace(t, name="else") if t.flags & Flag.OUTPUT else t for t in other.tensors]
+    assert difference("g", replace(other, tensors=tuple(renamed)), first) == "g"
 
 
 def lowered(steps: int = 6, *, forked: bool = False) -> Lowered:

@@ -13,8 +13,14 @@ from coordinator.cli.parser import parse
 from coordinator.cli.plan import setting_of
 from coordinator.model.presets import open_blueprint
 from coordinator.ownership.spans import Occupancy, occupancy
+from coordinator.report import memory_map_run
+from coordinator.runtime.stopwatch import Evaluation
 from coordinator.schedule.outline import plan_model
+from protocol.dtypes import DType
 from protocol.errors import InputError, UsageError
+from protocol.ops import Op
+from protocol.program import OperandRef, OpRecord
+from protocol.timing import Times
 
 DEMO = str(ROOT / "examples" / "crossdock-demo.gguf")
 DISCUSSION = ("-ngl", "3", "-ub", "15", "--kv", "256")
@@ -87,3 +93,61 @@ def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UsageError, match=r"--memory-map map.svg: matplotlib is missing: install crossdock\[plots\]"):
         run_plan(TINY, "--memory-map", "map.svg")
+
+
+class Drawn:
+    """Stands in for `draw_run_map`: draws, and keeps what was drawn."""
+
+    def __init__(self) -> None:
+        self.draw = memory_map_run.draw_run_map
+        self.taken: list[Evaluation] = []
+        self.found: list[Occupancy] = []
+
+    def __call__(self, path: Path, taken: list[Evaluation], *, apart: bool, kept: bool) -> Occupancy:
+        self.taken = list(taken)
+        self.found.append(self.draw(path, taken, apart=apart, kept=kept))
+        return self.found[-1]
+
+
+def test_a_real_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """Tensors lie where they were planned, and each from and to a time of its own evaluation."""
+    drawn, path = Drawn(), tmp_path / "map.svg"
+    monkeypatch.setattr(memory_map_run, "draw_run_map", drawn)
+    workers = ("-w", "cpu:1,accel:1", "-ngl", "3", "-ub", "15", "-c", "256", "-n", "7", "--ownership", "faithful")
+    assert parse(["run", *workers, "--memory-map", str(path)])() == 0
+    said = capfd.readouterr().err
+    assert "of the 20,480 bytes of vision_output are overwritten while they are wanted" in said
+    assert "faithful ownership copies nothing" in said
+    assert "4 of 6 x token" in path.read_text()
+    (found,) = drawn.found
+    shown = drawn.taken[:6]  # the image, the prompt, four of six tokens
+    planned = occupancy([evaluation.lowered.plan for evaluation in shown], [0] * len(shown))
+    assert sorted((s.buffer, s.graph, s.tensor, s.start, s.end) for s in found.spans) == sorted(
+        (s.buffer, s.graph, s.tensor, s.start, s.end) for s in planned.spans
+    )
+    lengths = [evaluation.end_ns - evaluation.start_ns for evaluation in shown]
+    assert found.starts == tuple(sum(lengths[:k]) for k in range(len(shown) + 1))
+    assert all(found.starts[s.graph] <= s.birth < s.death <= found.starts[s.graph + 1] for s in found.spans)
+    for buffer in found.sizes:  # one worker's: nodes follow each other by the clock as they do in the plan
+        names = [[s.tensor for s in occupied.spans if s.buffer == buffer] for occupied in (planned, found)]
+        assert names[0] == names[1]
+    assert all(found.starts[1] <= loss.at < loss.until <= found.starts[2] for loss in found.overwrites)
+
+
+def test_a_run_that_cannot_be_drawn_is_not_begun() -> None:
+    with pytest.raises(UsageError, match=r"--memory-map map.pdf: expected a file that ends in .svg or .png"):
+        parse(["run", "--memory-map", "map.pdf"])()
+    with pytest.raises(InputError, match=r"--memory-map /no/such/map.svg: expected a file in a directory that exists"):
+        parse(["run", "--memory-map", "/no/such/map.svg"])()
+
+
+def test_ops_of_a_split_share_its_time() -> None:
+    """A worker notes 1,000 ns for two ops, of which one moves nine times as many bytes."""
+
+    def op(node: int, n: int) -> OpRecord:
+        operand = OperandRef(1, 0, DType.F32, (n, 1, 1, 1), (4, 4 * n, 4 * n, 4 * n))
+        return OpRecord(node, Op.CONT, (), operand, (operand,))
+
+    row = Times(5000, 6000, 0, 0, 0)
+    times = [(begin, end) for _, begin, end in memory_map_run.shared([op(0, 100_000), op(1, 900_000)], row)]
+    assert times == [(5000, 5100), (5100, 6000)]

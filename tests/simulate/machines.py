@@ -24,7 +24,7 @@ def host(memory: int = 64 * GIB) -> DeviceModel:
     )  # fmt: skip
 
 
-PCIE = LinkModel("pcie4x16", 10e-6, 24e9)
+PCIE = LinkModel("pcie4x16", 10e-6, 24e9, further_s=200e-6, pageable=4.8e9)
 RPC = LinkModel("10gbe", 50e-6, 1.15e9, fixed_s_per_token=5.5e-3)
 
 

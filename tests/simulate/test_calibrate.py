@@ -2,29 +2,59 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from coordinator.cli.calibrate import Measured, fitted, write
-from coordinator.cli.calibrate_measure import Effort, Raw, Steps, measure_ops, measure_steps, samples_of
+from coordinator.cli.calibrate_measure import Chains, Effort, Operations, Raw, Steps, samples_of
 from coordinator.cli.calibrate_rig import Rig
 from coordinator.cli.parser import parse
 from coordinator.cli.simulate_model import machine_of
 from coordinator.config import parse_workers
+from coordinator.model.presets import open_blueprint
 from coordinator.runtime.session import devices_of
+from coordinator.schedule.lower import Lowered
+from coordinator.schedule.placement import PlacementOptions
 from coordinator.simulate.calibrate_cases import Room, cases
-from coordinator.simulate.calibrate_fit import Sample, errors, fit_cost, fit_costs, line, low, noise
-from coordinator.simulate.hardware import Cost, DeviceModel, Work
+from coordinator.simulate.calibrate_fit import (
+    Sample,
+    errors,
+    fit_cost,
+    fit_costs,
+    fit_mixed,
+    fit_sums,
+    line,
+    noise,
+    typical,
+)
+from coordinator.simulate.engine import simulate
+from coordinator.simulate.hardware import Cost, DeviceModel, LinkModel, Toll, Work
+from coordinator.simulate.lowered import time_program
+from coordinator.simulate.machine import Machine, make_machine
+from coordinator.simulate.series import Load, Options, make_series
 from coordinator.simulate.system import load_system
+from coordinator.simulate.timed import Job
 from coordinator.simulate.work import OUTPUT, work_of
 from protocol.dtypes import DType
 from protocol.errors import Exit, UsageError
+from protocol.program import Kind
 
-TRUE = Cost(op_s=2e-7, weight_s=1e-11, missed_s=4e-11, byte_s=3e-10, flop_s=1e-12)
+sys.path.insert(0, str(Path(__file__).parent))
+
+from machines import gpu, host, machine
+
+TRUE = Cost(op_s=2e-7, weight_s=1e-11, missed_s=4e-11, byte_s=3e-10, flop_s=1e-12, missed_op_s=5e-7)
 ROOM = Room(Rig.ARENA, 4 << 20)
-STEPS = Steps(50e-6, 80e-6, 4e-6, (30e-6, 40e-6, 5e-6), 25e-6, 1e-10, 2e-10, 0.1)
+STEPS = Steps(
+    Toll(50e-6, 30e-6), Toll(80e-6, 40e-6), Toll(6e-6, 3e-6), Toll(4e-6, 5e-6), Toll(25e-6, 70e-6), Toll(3e-6, 2e-6),
+    1e-10, 2e-10, 0.1,
+)  # fmt: skip
+MIXED = Toll(1e-7, 3e-7)
 
 
 def product(k: int, n: int, rows: int = 1) -> Work:
@@ -40,7 +70,7 @@ def samples(cost: Cost) -> list[Sample]:
 
 def test_the_fit_finds_the_costs_that_made_the_times() -> None:
     found = fit_cost(samples(TRUE))
-    for name in ("op_s", "weight_s", "missed_s", "byte_s", "flop_s"):
+    for name in ("op_s", "weight_s", "missed_s", "byte_s", "flop_s", "missed_op_s"):
         assert getattr(found, name) == pytest.approx(getattr(TRUE, name), rel=1e-6), name
     assert max(map(abs, errors(samples(TRUE), {"matvec.q8_0": found})["matvec.q8_0"])) < 1e-9
 
@@ -60,9 +90,27 @@ def test_times_that_do_not_grow_make_a_constant() -> None:
 
 def test_neighbours_do_not_count() -> None:
     quiet, busy = [1.0, 1.1, 1.2], [5.0] * 13
-    assert low(busy + quiet) == 1.1
+    assert typical(busy + quiet) == 1.1
     assert noise(busy + quiet) == pytest.approx(5.0 / 1.1 - 1.0)
     assert noise([2.0] * 8) == 0.0
+    assert typical([3.0]) == 3.0
+
+
+def test_prices_are_found_from_sums() -> None:
+    counts = [(1, 0, 0), (1, 1, 2), (1, 2, 2), (1, 1, 9)]
+    prices = (50e-6, 80e-6, 7e-6)
+    rows = [(row, sum(n * price for n, price in zip(row, prices, strict=True))) for row in counts]
+    assert fit_sums(rows) == pytest.approx(prices)
+
+
+def test_what_ops_cost_more_among_others() -> None:
+    works = [product(256, 64), product(512, 512)]
+    costs = {"matvec.q8_0": TRUE}
+    alone = {missed: sum(TRUE.seconds(work, float(missed)) for work in works) for missed in (False, True)}
+    mixtures = [(works, alone[missed] + 2 * more, missed) for missed, more in ((False, 1e-7), (True, 4e-7))]
+    found = fit_mixed(mixtures, costs)
+    assert (found.base_s, found.missed_s) == pytest.approx((1e-7, 3e-7))
+    assert fit_mixed([(works, alone[missed] / 2, missed) for missed in (False, True)], costs) == Toll()
 
 
 def test_measured_costs_replace_the_law() -> None:
@@ -71,8 +119,10 @@ def test_measured_costs_replace_the_law() -> None:
     moved, flops = 4 * (1536 + 576), 2 * 1536 * 576
     other = 2e-7 + moved * 3e-10 + flops * 1e-12
     assert device.seconds(work) == pytest.approx(other + work.weight_nbytes * 1e-11)
-    assert device.seconds(work, 1.0) == pytest.approx(other + work.weight_nbytes * 4e-11)
-    assert device.seconds(work, 0.5) == pytest.approx(other + work.weight_nbytes * 2.5e-11)
+    assert device.seconds(work, 1.0) == pytest.approx(other + 5e-7 + work.weight_nbytes * 4e-11)
+    assert device.seconds(work, 0.5) == pytest.approx(other + 2.5e-7 + work.weight_nbytes * 2.5e-11)
+    mixed = replace(device, mixed=Toll(1e-6, 2e-6))
+    assert mixed.seconds(work, 0.5) - device.seconds(work, 0.5) == pytest.approx(2e-6)
     add = Work("elementwise", DType.F32, read_nbytes=8, write_nbytes=4, op="ADD")
     assert device.seconds(add) == 1e-3
     assert device.seconds(replace(add, op="MUL")) == pytest.approx(12e-9)
@@ -82,6 +132,59 @@ def test_weights_miss_the_cache_when_there_are_too_many() -> None:
     device = DeviceModel("cpu", "cpu", 0, 1e9, {"f32": 1e9}, cache_nbytes=32 << 20)
     assert [device.missed(n << 20) for n in (0, 8, 16, 32, 90)] == [0.0, 0.0625, 0.25, 1.0, 1.0]
     assert replace(device, cache_nbytes=0).missed(1 << 40) == 0.0
+
+
+def step_s(lowered: Lowered, found: Machine) -> float:
+    """One evaluation on this machine."""
+    timed = time_program(lowered, found.models, found.fabric)
+    return simulate([model.async_copies for model in found.models], found.fabric, [timed], [[Job(0)]], check=True).end_s
+
+
+def test_receiving_costs_a_wake_up_at_each_split_and_something_for_each_transfer() -> None:
+    """From the host to an accelerator and back: nobody else computes meanwhile."""
+
+    def joined(link: LinkModel) -> Machine:
+        return machine(gpu("gpu0"), link=link)
+
+    plain = LinkModel("shared", 0.0, 1e12)
+    load = Load(n_prompt=4, n_predict=1, n_images=0)
+    options = Options(PlacementOptions(n_gpu_layers=8))
+    lowered = make_series(open_blueprint("smollm2-135m"), joined(plain), options, load).lowered[-1]
+    kinds = [[item.kind for item in program.instructions] for program in lowered.programs]
+    assert [sum(a is not Kind.RECV and b is Kind.RECV for a, b in pairwise([None, *k])) for k in kinds] == [1, 1]
+    n = len(lowered.transfers)
+    assert n > 2
+    base = step_s(lowered, joined(plain))
+    assert step_s(lowered, joined(replace(plain, wake=Toll(1e-3)))) == pytest.approx(base + 2e-3)
+    assert step_s(lowered, joined(replace(plain, each=Toll(1e-4)))) == pytest.approx(base + 1e-4 * n)
+
+
+def test_what_an_emptied_cache_adds() -> None:
+    shared = LinkModel("shared", 0.0, 1e12, fixed_s_per_token=1e-4, fixed_missed_s=5e-4, wake=Toll(0.0, 1e-3))
+    load, options = Load(n_prompt=4, n_predict=1, n_images=0), Options(PlacementOptions(n_gpu_layers=8))
+
+    def of(cache: int, link: LinkModel, **changes: Any) -> Machine:
+        models = (replace(gpu("gpu0"), cache_nbytes=cache, **changes), replace(host(), cache_nbytes=cache, **changes))
+        return make_machine(models, lambda source, target: link)
+
+    lowered = make_series(open_blueprint("smollm2-135m"), of(0, shared), options, load).lowered[-1]
+    huge, tiny = of(1 << 40, shared), of(1 << 20, shared)
+    assert step_s(lowered, tiny) - step_s(lowered, huge) == pytest.approx(5e-4 + 2e-3)
+    tolls = {"first": Toll(1e-3, 2e-3), "split": Toll(1e-5, 2e-5)}
+    runs = sum(item.kind is Kind.RUN for program in lowered.programs for item in program.instructions)
+    assert runs > 2
+    for cache, first, split in ((1 << 40, 1e-3, 1e-5), (1 << 20, 3e-3, 3e-5)):
+        more = step_s(lowered, of(cache, shared, **tolls)) - step_s(lowered, of(cache, shared))
+        assert more == pytest.approx(2 * first + (runs - 2) * split, rel=1e-3)
+
+
+def test_a_reply_with_a_measured_cost_takes_no_link() -> None:
+    load = Load(n_prompt=4, n_predict=1, n_images=0)
+    found = machine(gpu("gpu0"), link=LinkModel("slow", 1.0, 1e12))
+    lowered = make_series(open_blueprint("smollm2-135m"), found, Options(), load).lowered[-1]
+    replying = tuple(replace(model, costs={OUTPUT: Cost(byte_s=1e-9)}) for model in found.models)
+    before, after = step_s(lowered, found), step_s(lowered, replace(found, models=replying))
+    assert before - after == pytest.approx(1.0, rel=1e-3)
 
 
 def test_cases_have_one_kind_each_and_stay_inside_their_room() -> None:
@@ -99,7 +202,7 @@ def calibration() -> Measured:
         Sample(work_of(case.ops[0]), 1e-6 * (n + 1), case.missed) for n, case in enumerate(cases(ROOM, quick=True))
     ]
     costs = fit_costs(found) | {OUTPUT: Cost(byte_s=2e-10)}
-    return Measured(found, costs, 0.05, STEPS, STEPS, 1, 32 << 20)
+    return Measured(found, costs, MIXED, 0.05, STEPS, STEPS, 1, 32 << 20)
 
 
 def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
@@ -112,13 +215,16 @@ def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
     for model in machine.models:
         assert set(model.costs) == set(found.costs)
         for key, cost in found.costs.items():
-            for name in ("op_s", "weight_s", "byte_s", "flop_s"):
+            for name in ("op_s", "weight_s", "byte_s", "flop_s", "missed_op_s"):
                 assert getattr(model.costs[key], name) == pytest.approx(getattr(cost, name), rel=1e-3), key
-        assert (model.step_s, model.split_s, model.split_missed_s) == pytest.approx((50e-6, 4e-6, 5e-6))
-        assert model.cache_nbytes == 32 << 20
-    assert [model.step_missed_s for model in machine.models] == pytest.approx([40e-6, 40e-6, 30e-6])
+        for toll, expected in ((model.first, STEPS.first), (model.split, STEPS.split), (model.mixed, MIXED)):
+            assert (toll.base_s, toll.missed_s) == pytest.approx((expected.base_s, expected.missed_s))
+        assert (model.step_s, model.step_missed_s, model.cache_nbytes) == pytest.approx((50e-6, 30e-6, 32 << 20))
     route = machine.fabric.between(2, 0)
-    assert (route.latency_s, route.bandwidth, route.fixed_s) == pytest.approx((25e-6, 1e10, 80e-6))
+    assert (route.wake.base_s, route.wake.missed_s) == pytest.approx((25e-6, 70e-6))
+    assert (route.each.base_s, route.each.missed_s) == pytest.approx((3e-6, 2e-6))
+    assert (route.latency_s, route.bandwidth) == pytest.approx((0.0, 1e10))
+    assert (route.fixed_s, route.fixed_missed_s) == pytest.approx((80e-6, 40e-6))
 
 
 def test_the_scheduler_sees_the_devices_of_a_run(tmp_path: Path) -> None:
@@ -147,6 +253,7 @@ def test_the_written_files_simulate(tmp_path: Path, capsys: pytest.CaptureFixtur
         ("costs = { ADD = { us = -1 } }", "costs: ADD: us is -1: expected 0 to"),
         ("costs = { ADD = { ms = 1 } }", "costs: ADD: unknown key 'ms'"),
         ("split_us = true", "split_us is True: expected a number"),
+        ("first_missed_us = -1", "first_missed_us is -1: expected 0 to"),
         ("accelerator = 1", "accelerator is 1: expected true or false"),
     ],
 )
@@ -180,15 +287,17 @@ def test_what_cannot_be_meant(
 
 @pytest.mark.slow
 def test_real_workers_can_be_calibrated(tmp_path: Path) -> None:
-    topology, effort = parse_workers("cpu:1,accel:2", 1), Effort(1, 2, quick=True)
-    ops = measure_ops(topology, ROOM, effort, lambda _: None)
+    topology, effort = parse_workers("cpu:1,accel:2", 1), Effort(1, 1, quick=True)
+    with Operations(topology, ROOM, quick=True) as operations:
+        ops = operations.measure(effort.op_rounds, lambda _: None)
     assert all(len(seconds) == 1 and min(seconds) > 0.0 for seconds in ops.values())
     costs = fit_costs(samples_of(ROOM, effort, ops))
     long, short = product(4096, 1024), product(256, 64)
     assert costs["matvec.q8_0"].seconds(long) >= costs["matvec.q8_0"].seconds(short) >= 0.0  # how long is no test
-    steps = measure_steps(topology, effort, lambda _: None)
+    with Chains(topology) as chains:
+        steps = chains.measure(effort.step_rounds, lambda _: None)
     raw = Raw(ops, steps, steps)
     found = fitted(raw, 1, effort, ROOM)
-    assert min(found.shared.step_s, found.shared.byte_s, found.messages.hop_s) >= 0.0
+    assert min(found.shared.step.base_s, found.shared.byte_s, found.messages.wake.base_s) >= 0.0
     system, network, _ = write(tmp_path / "here.toml", topology, found)
     assert len(machine_of(str(system), str(network)).models) == 3

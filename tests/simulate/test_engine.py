@@ -76,10 +76,13 @@ def test_copies_that_block() -> None:
 
 def test_the_receiver_decides_when_it_is_late() -> None:
     """b computes 500 us first, so the transfer starts at 500 and b ends at 500 + 1000 + 10 + 70; with slots of its own
-    for each evaluation the bytes have come before: they start at 100, and b ends at 1180 all the same."""
+    for each evaluation the bytes have come before: they start at 100, and b ends at 1180 all the same. That takes a
+    device that copies while it computes."""
     late = HANDED_OVER._replace(workers=(HANDED_OVER.workers[0], (run(500), *HANDED_OVER.workers[1][1:])))
     assert us(simulate((True, True), two(), [late], [[Job(0)]], check=True).end_s) == 1580
-    assert us(simulate((True, True), two(), [late._replace(buffered=True)], [[Job(0)]], check=True).end_s) == 1180
+    slots = late._replace(buffered=True)
+    assert us(simulate((True, True), two(), [slots], [[Job(0)]], check=True).end_s) == 1180
+    assert us(simulate((True, False), two(), [slots], [[Job(0)]], check=True).end_s) == 1580
 
 
 def test_transfers_of_a_split_overlap_their_latency_with_asynchronous_copies() -> None:
@@ -189,8 +192,12 @@ def test_results_for_the_coordinator_end_an_evaluation() -> None:
     """The next evaluation waits for the bytes of the last: 100 us + 500 kB at 1 GB/s + 10 us, twice, and 5 us of the
     host between them."""
     program = Timed("out", ((), (run(100), hop_act(Do.OUT, 0))), (Hop(1, -1, 500_000, 1, "logits", 1),))
-    timeline = simulate((True, True), two(), [program], [[Job(0), Job(0, gap_s=5 * US)]], check=True)
+    timeline = simulate((True, True), two(), [program], [[Job(0), Job(0, gap_s=5 * US)]], check=True, record=True)
     assert us(timeline.end_s) == 2 * 610 + 5
+    assert [(p.kind, p.where, us(p.seconds)) for p in critical_path(timeline)] == [
+        ("compute", 1, 100), ("bytes", 1, 500), ("latency", 1, 10), ("host", -1, 5),
+        ("compute", 1, 100), ("bytes", 1, 500), ("latency", 1, 10),
+    ]  # fmt: skip
 
 
 def test_small_transfers_late_in_a_long_run() -> None:

@@ -41,6 +41,14 @@ def test_single_device_decode_follows_the_law(model: Blueprint) -> None:
     assert 1 / found.decode_rate == pytest.approx(law, rel=0.03)
 
 
+def test_phases_share_what_devices_computed(model: Blueprint) -> None:
+    found = run(model, machine(gpu("gpu0")), Load(n_prompt=64, n_predict=2), placement=PlacementOptions(n_gpu_layers=9))
+    assert {phase.tag for phase in found.phases} == {"vision", "prompt", "token"}
+    computed = [sum(phase.busy[k] * phase.seconds for phase in found.phases) for k in range(2)]
+    assert computed == pytest.approx([worker.busy_s for worker in found.timeline.workers])
+    assert min(computed) > 0.0
+
+
 def test_prompt_follows_the_law(model: Blueprint) -> None:
     """t = FLOPs / R + attention FLOPs / Ra + W / (0.8 bandwidth) + layers x c, and what is done value by value."""
     found = run(model, machine(gpu("gpu0")))
@@ -57,6 +65,8 @@ def test_a_second_card_costs_a_hop_and_saves_nothing_for_one_request(model: Blue
     assert 1 / two.decode_rate - 1 / one.decode_rate == pytest.approx(200e-6 + 15e-6, abs=30e-6)
     both = run(model, machine(gpu("gpu0"), gpu("gpu1")), replace(TEXT, n_requests=2, n_predict=64))
     assert 1.7 < both.decode_rate / one.decode_rate < 2.0
+    caches = [[memory.parts["KV"] for memory in found.series.memory[:2]] for found in (two, both)]
+    assert caches[1] == [2 * nbytes for nbytes in caches[0]]  # each request has its own
 
 
 def test_a_remote_costs_its_fixed_time_once_per_token(small: Blueprint) -> None:
@@ -66,6 +76,8 @@ def test_a_remote_costs_its_fixed_time_once_per_token(small: Blueprint) -> None:
     assert 1 / far.decode_rate - 1 / near.decode_rate == pytest.approx(extra, rel=0.02)
     phase = far.phases[-1]
     assert causes(phase.path)[0].kind == "fixed"
+    for use in phase.links:  # busy while bytes move, not while they are under way
+        assert use.busy == pytest.approx(use.nbytes * phase.n / 1.15e9 / phase.seconds)
 
 
 def test_micro_batches_overlap_with_copies_of_the_inputs(small: Blueprint) -> None:
@@ -91,6 +103,15 @@ def test_more_sequences_in_a_batch_share_the_weights(small: Blueprint) -> None:
     assert four.first_token_s == pytest.approx(4 * one.first_token_s, rel=0.01)
     kv = [m.parts["KV"] for found in (one, four) for m in found.series.memory if m.device == "gpu0"]
     assert kv[1] == 4 * kv[0]
+
+
+def test_a_prompt_in_pieces_and_tokens_at_their_depth(small: Blueprint) -> None:
+    """The last piece is what is left; tokens look at their cache in steps of 256 positions."""
+    load = Load(n_prompt=100, n_predict=160, n_images=0, n_ubatch=64)
+    series = make_series(small, machine(gpu("gpu0")), Options(), load)
+    names = ["prompt of 64 at depth 0", "prompt of 36 at depth 64", "token at depth 100", "token at depth 256"]
+    assert [timed.name for timed in series.programs] == names
+    assert [job.program for job in series.jobs] == [0, 1, *[2] * 156, *[3] * 4]
 
 
 def test_depth_makes_tokens_slower(small: Blueprint) -> None:

@@ -10,6 +10,7 @@ from machines import GIB, PCIE, gpu, host, machine
 
 from coordinator.model.presets import Blueprint, make_weights, open_blueprint
 from coordinator.schedule.placement import PlacementOptions
+from coordinator.simulate.hardware import LinkModel
 from coordinator.simulate.machine import Machine, make_machine
 from coordinator.simulate.predict import predict
 from coordinator.simulate.scale import run_pipelines, scaling
@@ -43,6 +44,19 @@ def test_what_fits_on_the_fast_card_lies_there(tiny: Blueprint) -> None:
     counts = dict(zip(found.order, found.counts, strict=True))
     assert counts == {"slow": 0, "fast": 7}
     assert found.limits == ()
+
+
+def test_the_order_of_the_cards_is_searched(tiny: Blueprint) -> None:
+    """Neither card holds everything, and only one way between them is fast."""
+
+    def one_way(source: str, target: str) -> LinkModel:
+        return replace(PCIE, bandwidth=1e6) if (source, target) == ("gpu0", "gpu1") else PCIE
+
+    models = [gpu("gpu0", memory=200 * MIB), gpu("gpu1", memory=200 * MIB), host()]
+    found = search(tiny, make_machine(models, one_way), Options(), replace(LOAD, n_predict=1))
+    assert found.order == ("gpu1", "gpu0")
+    assert min(found.counts) > 0
+    assert sum(found.counts) == 7
 
 
 def test_memory_is_what_limits(tiny: Blueprint) -> None:
@@ -122,6 +136,17 @@ def test_one_pipeline_of_many_is_as_fast_as_alone(tiny: Blueprint) -> None:
     series = make_series(tiny, machine(gpu("gpu0"), gpu("gpu1")), Options(), LOAD)
     alone, many = run_pipelines(series, 1, 1, check=True), run_pipelines(series, 3, 1, check=True)
     assert many.end_s == alone.end_s == predict(series).end_s
+
+
+def test_each_pipeline_does_what_one_does_and_the_host_all_of_it(tiny: Blueprint) -> None:
+    placement = PlacementOptions(n_gpu_layers=4)  # the host computes the other layers
+    series = make_series(tiny, machine(gpu("gpu0"), gpu("gpu1")), Options(placement), LOAD)
+    alone, three = run_pipelines(series, 1, 1), run_pipelines(series, 3, 3)
+    *stages, cpu = [worker.busy_s for worker in alone.workers]
+    assert min(*stages, cpu) > 0.0
+    assert [worker.busy_s for worker in three.workers] == pytest.approx([*stages * 3, 3 * cpu])
+    assert three.route_nbytes == alone.route_nbytes * 3
+    assert three.fabric.between(4, 6).name == f"{alone.fabric.between(0, 2).name} (2)"
 
 
 def test_a_thousand_workers(tiny: Blueprint) -> None:
