@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,6 +24,8 @@ from protocol import messages as m
 from protocol.messages import PeerArena
 from protocol.program import Instruction, Kind, OpRecord
 
+_SCHEDULED: Final = 2
+"""Linux's clocks of processes are numbered by this and the process (clock_getcpuclockid)."""
 _WRITE_NBYTES: Final = 16 << 20
 _SMALL, _LARGE = 0x20, 0x40
 """Bytes from here to there are ordinary numbers in every type, F32, F16 and scales of blocks alike: neither NaN nor
@@ -121,8 +125,8 @@ class Timed:
 
 
 class ProcessorTime:
-    """Processor time of each worker's first thread since this was made, which bounds what it computed, however long
-    others had its processor meanwhile. Only where workers have one thread, and Linux says how long that has run."""
+    """Processor time of each worker since this was made, which bounds what it computed, however long others had its
+    processor meanwhile. Only where workers have one thread, and Linux says how long that has run."""
 
     def __init__(self, fleet: Fleet) -> None:
         self.pids = [p.pid if p.spec.threads == 1 else 0 for p in fleet.processes]
@@ -138,10 +142,12 @@ class ProcessorTime:
 
 
 def _processor_s(pid: int) -> float | None:
+    """Processor time of a process. Its clock counts what runs at this moment, too, which files in /proc leave out."""
+    if not pid or not sys.platform.startswith("linux"):
+        return None
     try:
-        with open(f"/proc/{pid}/schedstat", encoding="ascii") as file:
-            return int(file.read().split()[0]) * 1e-9
-    except (OSError, ValueError, IndexError):
+        return time.clock_gettime((~pid << 3) | _SCHEDULED)
+    except OSError:
         return None
 
 

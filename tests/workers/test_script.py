@@ -307,6 +307,20 @@ def test_what_is_lent_is_back_before_anything_else(directory: str) -> None:
     assert not thread.is_alive()
 
 
+def test_lent_bytes_are_back_when_others_have_used_the_doorbell_since(directory: str) -> None:
+    """Programs number their transfers alike: another one, of other workers, may have run in the meantime."""
+    serving = Serving(directory, _ping(1, batch=True))
+    thread = threading.Thread(target=serving.serve, args=(0,), daemon=True)
+    thread.start()
+    serving.ours[0].writer.post(m.Step(PROGRAM, 8), [b"a" * SLOT, b"bbbb"])
+    assert serving.answer(0).message.step == 8
+    serving.sides[0].board.acknowledge(0, 8)
+    serving.sides[0].board.acknowledge(0, 9)
+    serving.ours[0].writer.post(m.Shutdown())
+    thread.join(LATE_S)
+    assert not thread.is_alive()
+
+
 def test_waiting_for_steps_costs_nothing(directory: str) -> None:
     serving = Serving(directory, _ping(1, batch=True))
     busy: list[float] = []

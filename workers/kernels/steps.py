@@ -104,6 +104,24 @@ def is_value(word: int, value: int) -> bool:
 
 
 @njit(**INNER)
+def is_past(word: int, value: int) -> bool:
+    """A doorbell has this value, or one of a later step: a program of other workers may have used it since."""
+    return signed(load_i32(word) - value) >= 0
+
+
+@njit(**INNER)
+def await_past(control: int, word: int, value: int) -> None:
+    """Return when the doorbell has this value, or a later one: polls a little, then sleeps."""
+    while not is_past(word, value):
+        seen = load_i32(word)
+        if signed(seen - value) >= 0:
+            return
+        if poll(word, seen, control + 8 * SPINS):
+            continue
+        sleep(word, seen, control + 8 * NAP)
+
+
+@njit(**INNER)
 def _acknowledge(first: int, last: int, step: int) -> None:
     """Tell the peers of RECVs [first, last) that their bytes were taken; all of it before any of them wakes up."""
     for row in range(first, last, ROW_NBYTES):
@@ -213,7 +231,7 @@ def get_back(control: int, program: int, step: int) -> None:
     first = program + 8 * ROWS
     for k in range(n - load_i64(program + 8 * N_LAST), n):
         word = load_i64(first + ROW_NBYTES * k + 8 * WORD)
-        if not is_value(word, step):
+        if not is_past(word, step):
             put32(load_i64(control + 8 * LINE) + 12, _WAITING)
-            await_value(control, word, step)
+            await_past(control, word, step)
     put32(load_i64(control + 8 * LINE) + 12, IDLE)
