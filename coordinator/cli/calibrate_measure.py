@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from statistics import median
 from types import TracebackType
@@ -16,7 +16,6 @@ from coordinator.simulate.calibrate_fit import Sample, fit_sums, line, noise, ty
 from coordinator.simulate.calibrate_layers import LARGE, SMALL, layer_cases, layers
 from coordinator.simulate.hardware import Toll, Work
 from coordinator.simulate.work import work_of
-from protocol.errors import CapacityError, PlanError
 from protocol.messages import Port
 from protocol.program import Instruction, Kind
 
@@ -113,9 +112,7 @@ class Operations:
             for offset, data in first_bytes(self.room):
                 rig.write(0, offset, data)
             every = (*cases(self.room, quick=self.quick), *layer_cases(self.room))
-            for case in every:
-                with suppress(CapacityError, PlanError):  # a type that this worker has no kernel for
-                    self._loaded.append((case, rig.ship(case.name, {0: Share(case.ops)})))
+            self._loaded = [(case, rig.ship(case.name, {0: Share(case.ops)})) for case in every]
             stack.pop_all()
         return self
 
@@ -139,7 +136,6 @@ def samples_of(room: Room, effort: Effort, seconds: Samples) -> list[Sample]:
     return [
         Sample(work_of(c.ops[0]), typical(seconds[c.name]) / len(c.ops), c.missed, c.name)
         for c in cases(room, quick=effort.quick)
-        if c.name in seconds
     ]
 
 

@@ -13,10 +13,9 @@ from protocol.program import OperandRef, OpRecord
 
 QUICK_TYPES: Final = (DType.F32, DType.F16, DType.Q8_0, DType.Q4_1)
 TYPES: Final = (
-    *QUICK_TYPES, DType.BF16, DType.Q4_0, DType.Q5_0, DType.Q5_1, DType.Q2_K, DType.Q3_K, DType.Q4_K, DType.Q5_K,
-    DType.Q6_K,
+    *QUICK_TYPES, DType.BF16, DType.Q4_0, DType.Q5_0, DType.Q5_1, DType.Q4_K, DType.Q5_K, DType.Q6_K,
 )  # fmt: skip
-"""Types of weights that are measured."""
+"""Types of weights that are measured: all that workers have kernels for."""
 
 VECTORS: Final = ((256, 64), (256, 256), (512, 512), (1536, 576), (512, 1536), (2048, 1024))
 LARGEST: Final = (1024, 8192)

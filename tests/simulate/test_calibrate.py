@@ -20,7 +20,7 @@ from coordinator.model.presets import open_blueprint
 from coordinator.runtime.session import devices_of
 from coordinator.schedule.lower import Lowered
 from coordinator.schedule.placement import PlacementOptions
-from coordinator.simulate.calibrate_cases import Room, cases
+from coordinator.simulate.calibrate_cases import TYPES, Room, cases
 from coordinator.simulate.calibrate_fit import (
     Sample,
     errors,
@@ -32,6 +32,7 @@ from coordinator.simulate.calibrate_fit import (
     noise,
     typical,
 )
+from coordinator.simulate.calibrate_layers import layer_cases
 from coordinator.simulate.engine import simulate
 from coordinator.simulate.hardware import Cost, DeviceModel, LinkModel, Toll, Work
 from coordinator.simulate.lowered import time_program
@@ -43,6 +44,8 @@ from coordinator.simulate.work import OUTPUT, work_of
 from protocol.dtypes import DType
 from protocol.errors import Exit, UsageError
 from protocol.program import Kind
+from workers.kernels import table
+from workers.kernels.stage import Operand
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -132,6 +135,15 @@ def test_weights_miss_the_cache_when_there_are_too_many() -> None:
     device = DeviceModel("cpu", "cpu", 0, 1e9, {"f32": 1e9}, cache_nbytes=32 << 20)
     assert [device.missed(n << 20) for n in (0, 8, 16, 32, 90)] == [0.0, 0.0625, 0.25, 1.0, 1.0]
     assert replace(device, cache_nbytes=0).missed(1 << 40) == 0.0
+
+
+def test_workers_have_kernels_for_every_case() -> None:
+    chosen = {(case.key, case.missed): case.ops[0] for case in (*cases(ROOM), *layer_cases(ROOM))}
+    assert {f"matvec.{dtype.label}" for dtype in TYPES} <= {key for key, _ in chosen}
+    for op in chosen.values():
+        operands = [None if ref is None else Operand(ref.dtype, ref.ne, ref.nb) for ref in (op.dst, *op.src)]
+        assert operands[0] is not None
+        assert table.select(op.op, operands[0], tuple(operands[1:]), op.params, 1, table.EXACT), op
 
 
 def step_s(lowered: Lowered, found: Machine) -> float:
