@@ -46,6 +46,8 @@ FURTHER, PROMPT = 3, 64
 SPLIT_WITHIN, STEP_WITHIN = 0.20, 0.10
 ROUNDS, STEPS = 6, 25
 """How often everything is measured, and decode steps of a placement each time."""
+IN_A_ROW = 5
+"""Steps of a program that count, behind one that does not."""
 EFFORT, BETWEEN = Effort(3, 4, quick=True), 5
 """A calibration, and before how many placements."""
 LONG_S = 20e-6
@@ -174,15 +176,19 @@ def _measure(placement: Placement, file: Path, rounds: int) -> Seen:
             session.evaluate([5] * min(64, DEPTH - session.n_past))
         plain, watch = session.evaluator, Stopwatch(keep=True)
         noting = Evaluator(fleet, session.memory, session.schedulers, stopwatch=watch)
-        for _ in range(rounds):
-            timed, shipped = _timed(session, lambda: _decode(session))
-            seen.walls.append(timed.wall_s)
-            seen.outside.append(timed.outside_s)
-            session.evaluator = noting
-            noted, _ = _timed(session, lambda: _decode(session))
+        for _ in range(rounds // IN_A_ROW):
             session.evaluator = plain
-            _note(session, shipped, seen, noted, watch.taken.pop().times)
-        session.evaluator = noting
+            for number in range(1 + IN_A_ROW):
+                timed, shipped = _timed(session, lambda: _decode(session))
+                if number:  # a worker that has just run another program is not yet where tokens find it
+                    seen.walls.append(timed.wall_s)
+                    seen.outside.append(timed.outside_s)
+            session.evaluator = noting
+            for number in range(1 + IN_A_ROW):
+                noted, _ = _timed(session, lambda: _decode(session))
+                times = watch.taken.pop().times
+                if number:
+                    _note(session, shipped, seen, noted, times)
         graphs = {"a prompt": lambda: _prompt(session)}
         if images:
             graphs["an image"] = lambda: session.encode(0, images[0])
