@@ -103,7 +103,7 @@ class Rig:
         # There is no graph behind them: whoever ships and runs programs does not ask for plans and transfers.
         lowered = Lowered(cast(Plan, None), tuple(programs), (cast(Transfer, None),) * n_transfers)
         evaluator = self.noting if noted else self.plain
-        return Loaded(self, evaluator, evaluator._ship(name, 0, lowered, (), None))
+        return Loaded(self, evaluator, evaluator.ship(name, 0, lowered, (), None))
 
     def peer_arena(self, worker: int, arena: int) -> PeerArena:
         """Where peers find a worker's arena, as of a run's Memory."""

@@ -88,5 +88,7 @@ def _link(link: LinkModel) -> dict[str, Any]:
     return {
         "name": link.name, "latency_us": round(link.latency_s * 1e6, 6), "bandwidth_gbs": link.bandwidth / 1e9,
         "duplex": link.duplex, "segment": link.segment, "jitter": link.jitter,
-        "fixed_ms_per_token": round(link.fixed_s_per_token * 1e3, 6), "sources": dict(link.sources),
+        "fixed_ms_per_token": round(link.fixed_s_per_token * 1e3, 6),
+        "further_us": round(link.further_s * 1e6, 6), "pageable_gbs": link.pageable / 1e9,
+        "sources": dict(link.sources),
     }  # fmt: skip

@@ -41,7 +41,7 @@ def draw_run_map(path: Path, taken: Sequence[Evaluation], *, apart: bool, kept: 
     check_map(path)
     if not taken:
         raise UsageError(f"--memory-map {path}: nothing was evaluated")
-    groups = [list(group) for _, group in groupby(taken, key=_title)]
+    groups = [list(group) for _, group in groupby(taken, key=lambda evaluation: evaluation.title)]
     drawn = [evaluation for group in groups for evaluation in group[:_SHOWN]]
     plans = [evaluation.lowered.plan for evaluation in drawn]
     schedulers = [int(apart and evaluation.name != "vision") for evaluation in drawn]
@@ -128,16 +128,8 @@ def _titles(groups: Sequence[Sequence[Evaluation]], starts: Sequence[int], zero:
     for group in groups:
         shown = min(len(group), _SHOWN)
         many = "" if len(group) == 1 else f"{shown} of {len(group)} x " if shown < len(group) else f"{shown} x "
-        text = f"{many}{_title(group[0])}, at {(group[0].start_ns - zero) / _MS:.1f} ms"
+        text = f"{many}{group[0].title}, at {(group[0].start_ns - zero) / _MS:.1f} ms"
         start, end = starts[number], starts[number + shown]
         if end - start >= _TITLE_WIDTH * len(text) * starts[-1]:
             yield text, start, end
         number += shown
-
-
-def _title(evaluation: Evaluation) -> str:
-    graph = evaluation.lowered.plan.graph
-    if "inp_tokens" not in graph.by_name:
-        return evaluation.name
-    n = graph.named("inp_tokens").ne[0]
-    return "token" if n == 1 else f"prompt of {n}"

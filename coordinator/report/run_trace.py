@@ -41,7 +41,7 @@ class _Clock:
         request = Track(f"{self.prefix}requests", "request 0")
         for number, evaluation in enumerate(self.taken):
             start, end = self._span(evaluation)
-            self._add(request, _title(evaluation), start, end, {"evaluation": number}, evaluation.name)
+            self._add(request, evaluation.title, start, end, {"evaluation": number}, evaluation.name)
         sent: list[dict[int, tuple[float, float]]] = [{} for _ in self.taken]
         for number, evaluation in enumerate(self.taken):
             for worker, rows in sorted(evaluation.times.items()):
@@ -149,12 +149,3 @@ class _Clock:
     def _add(self, track: Track, name: str, start: float, end: float, args: Args, category: str) -> None:
         if end > start:
             self.slices.append(Slice(track, name, start, end - start, args, category))
-
-
-def _title(evaluation: Evaluation) -> str:
-    """`vision`, `prompt of 15`, `token`."""
-    graph = evaluation.lowered.plan.graph
-    if "inp_tokens" not in graph.by_name:
-        return evaluation.name
-    n = graph.named("inp_tokens").ne[0]
-    return "token" if n == 1 else f"prompt of {n}"

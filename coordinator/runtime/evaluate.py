@@ -132,7 +132,7 @@ class Evaluator:
         lowered = lower(plan, homes, outputs=outputs, digests=digests, keeps=keeps, taps=wanted)
         watched = watch(lowered, self.taps) if lowered.taps else None
         expectations = expect(lowered, homes, takes or {}) if self.memory.shadows else ()
-        shipped = self._ship(plan.graph.name, scheduler, lowered, expectations, watched)
+        shipped = self.ship(plan.graph.name, scheduler, lowered, expectations, watched)
         self.programs[key] = shipped
         return shipped
 
@@ -146,7 +146,7 @@ class Evaluator:
             for worker in shipped.workers:
                 self.fleet.send(worker, m.Forget((shipped.number,)))
 
-    def _ship(
+    def ship(
         self,
         name: str,
         scheduler: int,
@@ -154,6 +154,7 @@ class Evaluator:
         expectations: tuple[WorkerExpectations, ...],
         watched: Watched | None,
     ) -> Shipped:
+        """Send a program to the workers that have a part in it."""
         number = next(self.fleet.program_numbers)
         costs = self.stopwatch.costs(lowered) if self.stopwatch is not None else []
         workers = []

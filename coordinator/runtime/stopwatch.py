@@ -28,6 +28,15 @@ class Evaluation:
     costs: Sequence[Sequence[Cost]] = ()
 
     @property
+    def title(self) -> str:
+        """`vision`, `prompt of 15`, `token`."""
+        graph = self.lowered.plan.graph
+        if "inp_tokens" not in graph.by_name:
+            return self.name
+        n = graph.named("inp_tokens").ne[0]
+        return "token" if n == 1 else f"prompt of {n}"
+
+    @property
     def virtual_ps(self) -> int:
         """How long it took by the virtual clock, results on their way to the coordinator included; 0 without one."""
         return max((rows[-1].end_ps for rows in self.times.values()), default=0)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from workers.kernels.features import HAVE, HAVE_AVX2, HAVE_F16C, HAVE_VNNI
+from workers.kernels.features import HAVE_AVX2, HAVE_AVX512, HAVE_F16C, HAVE_VNNI
 from workers.kernels.jit import cgutils, ir, models, register_model, types
 
 I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
@@ -33,9 +33,6 @@ i32x8, i32x4 = VectorType("i32x8", I32, 8), VectorType("i32x4", I32, 4)
 i16x16, i16x8 = VectorType("i16x16", I16, 16), VectorType("i16x8", I16, 8)
 i8x32, i8x16 = VectorType("i8x32", I8, 32), VectorType("i8x16", I8, 16)
 mask8 = VectorType("mask8", I1, 8)
-
-HAVE_AVX512 = "avx512" in HAVE
-"""Vectors of 512 bits are registers, and there are 32 of them; HAVE_VNNI holds as well."""
 
 
 def pointer(b: ir.IRBuilder, where: ir.Value, offset: int, to: ir.Type) -> ir.Value:

@@ -109,3 +109,5 @@ def _digest() -> str:
 HAVE = frozenset() if image.loaded() else detect()
 """The features for which this process compiles code, settled at import; an image was made for its own."""
 HAVE_AVX2, HAVE_F16C, HAVE_VNNI = "avx2" in HAVE, "f16c" in HAVE, "vnni" in HAVE
+HAVE_AVX512 = "avx512" in HAVE
+"""Vectors of 512 bits are registers, and there are 32 of them; HAVE_VNNI holds as well."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from protocol.dtypes import DType
 from workers.kernels import row as words
 from workers.kernels.access import extent, row_address, share, stride
-from workers.kernels.emit import HAVE_AVX512
+from workers.kernels.features import HAVE_AVX512
 from workers.kernels.jit import njit
 from workers.kernels.mattiles import WIDE, eight_by_one, eight_by_six, four_by_three
 from workers.kernels.stage import OPTIONS, Kernel, kernel

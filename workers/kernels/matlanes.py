@@ -12,7 +12,6 @@ from typing import Any
 
 from workers.kernels.emit import (
     F32,
-    HAVE_AVX512,
     I32,
     I64,
     apply_sign,
@@ -30,7 +29,7 @@ from workers.kernels.emit import (
     store,
     store_part,
 )  # fmt: skip
-from workers.kernels.features import HAVE_VNNI
+from workers.kernels.features import HAVE_AVX512, HAVE_VNNI
 from workers.kernels.jit import intrinsic, ir, types
 from workers.kernels.matformats import FORMATS, Format
 
