@@ -16,18 +16,19 @@ from protocol.program import NOWHERE, Instruction, Kind, OpRecord
 from protocol.sharedmem import copy
 from workers.arena import Arenas
 from workers.peers import Plane
+from workers.shadow import Expectations
 
 
 class Walker(Protocol):
     """Runs scripts, which are programs for compiled code (workers/script.py)."""
 
     def run(self, script: Any, step: int) -> tuple[int, int, int]:
-        """One step, its inputs are in place. Nanoseconds of computing, waiting and copying."""
+        """One step, its inputs are in place. Nanoseconds of computing, waiting and copying. Raises Violation."""
 
     def serve(self, script: Any, box: Mailbox) -> Done | None:
         """Run and answer the program's steps as they come, until there is another message.
 
-        The end of the last step where its answer found no room in the mailbox.
+        The end of the last step where its answer found no room in the mailbox. Raises Violation.
         """
 
 
@@ -49,9 +50,15 @@ class Scripting(Protocol):
     """An engine that has compiled code for whole steps, too."""
 
     def script(
-        self, message: ProgramMessage, instructions: Sequence[Instruction], arenas: Arenas, plane: Plane, built: Any
+        self,
+        message: ProgramMessage,
+        instructions: Sequence[Instruction],
+        arenas: Arenas,
+        plane: Plane,
+        built: Any,
+        checks: Expectations | None,
     ) -> Any:
-        """A checked program as compiled code walks it; None where it cannot."""
+        """A checked program as compiled code walks it, with strict ownership's checks; None where it cannot."""
 
     def walker(self, board: Board, index: int) -> Walker:
         """Runs scripts for worker `index`."""

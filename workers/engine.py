@@ -14,6 +14,7 @@ from workers.kernels.stage import Operand
 from workers.kernels.table import EXACT
 from workers.peers import Plane, SharedPlane
 from workers.script import Script, Walker, script_of
+from workers.shadow import Expectations
 
 
 class KernelEngine:
@@ -32,12 +33,18 @@ class KernelEngine:
         self.executor.run(built, built.starts[first], built.starts[last])
 
     def script(
-        self, message: ProgramMessage, instructions: Sequence[Instruction], arenas: Arenas, plane: Plane, built: Table
+        self,
+        message: ProgramMessage,
+        instructions: Sequence[Instruction],
+        arenas: Arenas,
+        plane: Plane,
+        built: Table,
+        checks: Expectations | None,
     ) -> Script | None:
         """The program as compiled code walks it; None with TAPs, or where peers are not heard of through doorbells."""
         if not isinstance(plane, SharedPlane) or not has("futex"):
             return None
-        return script_of(message, instructions, arenas, plane, built)
+        return script_of(message, instructions, arenas, plane, built, checks)
 
     def walker(self, board: Board, index: int) -> Walker:
         """Runs scripts for worker `index`."""

@@ -172,8 +172,11 @@ class _Worker:
         program, self.repeated = self.repeated, None
         if program is not None and program.repeats and control.mailbox is not None:
             assert self.runner.walker is not None
-            while (done := self.runner.walker.serve(program.script, control.mailbox)) is not None:
-                control.send(done, program.outputs)
+            try:
+                while (done := self.runner.walker.serve(program.script, control.mailbox)) is not None:
+                    control.send(done, program.outputs)
+            except Violation as violation:
+                control.send(_violated(program, violation))
         return control.receive()
 
     def _allocate(self, request: m.Allocate, buffers: Buffers) -> Reply:
@@ -227,7 +230,7 @@ class _Worker:
         try:
             return self.runner.run(program, request.step, buffers)
         except Violation as violation:
-            return m.Violated(request.program, request.step, *violation.report), ()
+            return _violated(program, violation), ()
 
     def _read(self, request: m.Read, buffers: Buffers) -> Reply:
         data = self.arenas.read(request.arena, request.offset, request.nbytes)
@@ -239,6 +242,10 @@ class _Worker:
 
     def _stats(self, request: m.StatsRequest, buffers: Buffers) -> Reply:
         return m.Stats(_peak_nbytes(), self.arenas.allocated_nbytes), ()
+
+
+def _violated(program: Compiled, violation: Violation) -> m.Violated:
+    return m.Violated(program.message.program, violation.step, *violation.report)
 
 
 def _peak_nbytes() -> int:

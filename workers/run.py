@@ -32,7 +32,7 @@ from protocol.wire import Buffer
 from workers.actions import Action, Acts, Check, Engine, Scripting, checked, join
 from workers.arena import Arenas
 from workers.peers import Plane
-from workers.shadow import Shadows
+from workers.shadow import Expectations, Shadows
 from workers.timing import Timing, separate, timing_of
 
 
@@ -126,17 +126,21 @@ def compile_program(
             raise ProtocolError(f"port {port.name!r}: arena {port.arena} is a mapped file")
     built = engine.build(ops, arenas, overlaps=message.overlaps)
     check: Check | None = None
+    checks: Expectations | None = None
     if shadows is not None and len(buffers) == 3:
         n_groups = len(message.inputs) + len(instructions) + 2
         peers = [(p.peer, p.arena) for p in message.peer_arenas]
-        check = partial(shadows.check, shadows.bind(table_from(buffers[2], WORDS, "expectations"), n_groups, peers))
+        checks = shadows.bind(table_from(buffers[2], WORDS, "expectations"), n_groups, peers)
+        check = partial(shadows.check, checks)
     tapped = bytearray()
     acts = Acts(message.program, arenas, plane, engine, built, tapped)
     timing = None
     if message.timing:
         assert board is not None
         timing = timing_of(message.timing, costs, instructions, board)
-    plain = check is None and timing is None
+    script = None
+    if timing is None and isinstance(engine, Scripting):
+        script = engine.script(message, instructions, arenas, plane, built, checks)
     return Compiled(
         message,
         _actions(instructions, acts, check, len(message.inputs), timing),
@@ -148,7 +152,7 @@ def compile_program(
         tapped,
         None if check is None else partial(_begin, check),
         timing,
-        engine.script(message, instructions, arenas, plane, built) if plain and isinstance(engine, Scripting) else None,
+        script,
     )
 
 

@@ -18,6 +18,7 @@ from workers.arena import Arenas
 from workers.execute import Executor, Table
 from workers.kernels import serving, steps, team
 from workers.peers import SharedPlane
+from workers.shadow import Expectations
 
 _SCRIPTED = frozenset({Kind.RUN, Kind.COPY, Kind.SEND, Kind.RECV, Kind.WAIT})
 _NAP_NS, _IDLE_NAP_S = 50_000_000, 10  # a sleeper's second chance, should it ever miss a wake-up
@@ -25,12 +26,16 @@ _NAP_NS, _IDLE_NAP_S = 50_000_000, 10  # a sleeper's second chance, should it ev
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Script:
-    """A program as the compiled walker reads it (kernels/steps.py has the layout), at `address`."""
+    """A program as the compiled walker reads it (kernels/steps.py has the layout), at `address`.
+
+    `checks` are strict ownership's.
+    """
 
     block: NDArray[np.int64]
     address: int
     number: int
     received_nbytes: int
+    checks: Expectations | None
 
 
 class Spent(NamedTuple):
@@ -42,7 +47,12 @@ class Spent(NamedTuple):
 
 
 def script_of(
-    message: ProgramMessage, instructions: Sequence[Instruction], arenas: Arenas, plane: SharedPlane, built: Table
+    message: ProgramMessage,
+    instructions: Sequence[Instruction],
+    arenas: Arenas,
+    plane: SharedPlane,
+    built: Table,
+    checks: Expectations | None,
 ) -> Script | None:
     """The script of a checked program; None for one with instructions that need Python."""
     if any(item.kind not in _SCRIPTED for item in instructions):
@@ -55,9 +65,10 @@ def script_of(
     head = np.zeros(steps.ROWS, np.int64)
     n_last = len(list(takewhile(lambda item: item.kind is Kind.WAIT, reversed(instructions))))
     head[:6] = message.program, len(rows), len(message.inputs), len(message.outputs), received, n_last
+    head[steps.CHECKS] = 0 if checks is None else checks.address
     table = np.array(rows, np.int64).reshape(-1)
     block = np.concatenate([head, table, np.array(places, np.int64).reshape(-1)])
-    return Script(block, int(block.ctypes.data), message.program, received)
+    return Script(block, int(block.ctypes.data), message.program, received, checks)
 
 
 def _row(number: int, item: Instruction, arenas: Arenas, plane: SharedPlane, built: Table) -> tuple[int, ...]:
@@ -91,8 +102,10 @@ class Walker:
         self._words[steps.BOX_DATA] = mailbox.DATA
 
     def run(self, script: Script, step: int) -> Spent:
-        """One step, its inputs are in place."""
-        steps.run(self._address, script.address, step)
+        """One step, its inputs are in place. Raises Violation in strict ownership."""
+        if steps.run(self._address, script.address, step):
+            assert script.checks is not None
+            raise script.checks.violation(step)
         return self._spent()
 
     def _spent(self) -> Spent:
@@ -101,7 +114,7 @@ class Walker:
     def serve(self, script: Script, box: mailbox.Mailbox) -> Done | None:
         """Run and answer the program's steps as they come, until there is another message.
 
-        The end of the last step where its answer found no room in the mailbox.
+        The end of the last step where its answer found no room in the mailbox. Raises Violation in strict ownership.
         """
         words, reader, writer = self._words, box.reader, box.writer
         words[steps.REQUESTS], words[steps.ANSWERS] = reader.address, writer.address
@@ -110,6 +123,9 @@ class Walker:
         why = serving.serve(self._address, script.address)
         reader.taken = words[steps.N_TAKEN]
         writer.posted, writer.end = words[steps.N_POSTED], words[steps.END]
+        if why == serving.VIOLATED:
+            assert script.checks is not None
+            raise script.checks.violation(words[steps.THIS_STEP])
         if why != serving.FULL:
             return None
         compute, wait, copy = self._spent()

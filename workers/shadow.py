@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from protocol.errors import ProtocolError
 from protocol.program import Table
@@ -20,30 +21,38 @@ N_SLOTS = 64
 class Violation(Exception):  # noqa: N818  (no fault of the program, nor of the worker: what strict ownership looks for)
     """A read that found other bytes than those that were meant; `report` is (row, granule, found, expected, epoch)."""
 
-    def __init__(self, report: tuple[int, int, int, int, int]) -> None:
-        super().__init__(report)
-        self.report = report
+    def __init__(self, step: int, report: tuple[int, int, int, int, int]) -> None:
+        super().__init__(step, report)
+        self.step, self.report = step, report
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Expectations:
-    """A bound table; the rows of group g are starts[g]:starts[g + 1]. Groups: ports, begin, instructions, end."""
+    """A bound table, and at `address` what compiled code reads of it (kernels/shadow.py has the layout).
+
+    Groups: ports, begin, instructions, end.
+    """
 
     rows: Table
-    starts: tuple[int, ...]
+    block: NDArray[np.int64]
     address: int
+    report: NDArray[np.int64]
+
+    def violation(self, step: int) -> Violation:
+        """What compiled code has just found in this step."""
+        row, granule, found, expected, epoch = self.report.tolist()
+        return Violation(step, (row, granule, found, expected, epoch))
 
 
 class Shadows:
     """Walks expectations. Lives as long as the worker; keeps the handles that one program leaves for another."""
 
     def __init__(self, arenas: Arenas, plane: Plane) -> None:
-        from workers.kernels.shadow import REPORT_WORDS, walk  # compiled code: only strict ownership needs it
+        from workers.kernels.shadow import REPORT_WORDS, meet  # compiled code: only strict ownership needs it
 
-        self._arenas, self._plane, self._walk = arenas, plane, walk
+        self._arenas, self._plane, self._meet = arenas, plane, meet
         self._slots = np.zeros(N_SLOTS, np.int64)
         self._report = np.zeros(REPORT_WORDS, np.int64)
-        self._addresses = int(self._slots.ctypes.data), int(self._report.ctypes.data)
 
     def bind(self, table: Table, n_groups: int, peers: Sequence[tuple[int, int]]) -> Expectations:
         """Check a table and put addresses in it. Raises ProtocolError."""
@@ -61,11 +70,13 @@ class Shadows:
             assert segment is not None, row
             row[2] = segment.address
         starts = np.searchsorted(kept[:, 1], np.arange(n_groups + 1))
-        return Expectations(kept, tuple(starts.tolist()), int(kept.ctypes.data))
+        block = np.array(
+            [self._meet.address(), kept.ctypes.data, self._slots.ctypes.data, self._report.ctypes.data, *starts],
+            np.int64,
+        )
+        return Expectations(kept, block, int(block.ctypes.data), self._report)
 
     def check(self, expectations: Expectations, group: int, step: int) -> None:
         """Meet the expectations of a group. Raises Violation."""
-        first, last = expectations.starts[group], expectations.starts[group + 1]
-        if first < last and self._walk(expectations.address, first, last, step, *self._addresses):
-            row, granule, found, expected, epoch = self._report.tolist()
-            raise Violation((row, granule, found, expected, epoch))
+        if self._meet(expectations.address, group, group + 1, step):
+            raise expectations.violation(step)

@@ -10,6 +10,7 @@ from workers.kernels.stage import entry
 from workers.kernels.steps import (
     ANSWERS,
     BOX_DATA,
+    CHECKS,
     END,
     IDLE,
     IDLE_NAP,
@@ -33,6 +34,7 @@ from workers.kernels.steps import (
     begin,
     clock_ns,
     get_back,
+    meets,
     memmove,
     put32,
     run_rows,
@@ -46,6 +48,7 @@ from workers.kernels.team import poll, store_i32
 # Why `serve` returns
 MESSAGE = 0  # there is another message, or none for long
 FULL = 1  # a step is through, but there is no room for the answer
+VIOLATED = 2  # strict ownership found a violation
 
 
 @njit(**INNER)
@@ -74,6 +77,20 @@ def _take_inputs(program: int, record: int, size: int) -> bool:
         at += nbytes
         place += 8 * PLACE_WORDS
     return at == size
+
+
+@njit(**INNER)
+def _begin_checks(program: int, record: int, step: int) -> bool:
+    """Strict ownership: mark the inputs that are set, and begin; False on a violation."""
+    checks = load_i64(program + 8 * CHECKS)
+    n = load_i64(program + 8 * N_INPUTS)
+    fine = True
+    if checks != 0:
+        for k in range(n):
+            if word32(record + HEAD_NBYTES + 4 * (1 + k)) != 0:
+                fine &= meets(checks, k, k + 1, step)
+        fine &= meets(checks, n, n + 1, step)
+    return fine
 
 
 @njit(**INNER)
@@ -130,7 +147,7 @@ def _answer(control: int, program: int, step: int) -> bool:
 
 @entry(2)
 def serve(control: int, program: int) -> int:
-    """Run steps of one program as they come, until there is another message: MESSAGE or FULL.
+    """Run steps of one program as they come, until there is another message: MESSAGE, FULL or VIOLATED.
 
     A step is answered when only lent bytes are still out. Nothing else is done before they are back, and peers' answers
     tell the coordinator that they are.
@@ -163,13 +180,15 @@ def serve(control: int, program: int) -> int:
         begun = begin(control)
         if not _take_inputs(program, record, size):
             return MESSAGE
+        fine = _begin_checks(program, record, step)
         store_i64(control + 8 * N_TAKEN, number)
         store_i32(box + 4 * TAKEN, number)
-        run_rows(control, program, step, n_rows)
+        store_i64(control + 8 * THIS_STEP, step)
+        if not fine or not run_rows(control, program, step, n_rows):
+            return VIOLATED
         lent = True
         put32(load_i64(control + 8 * LINE) + 12, IDLE)
         store_i64(control + 8 * TOTAL, clock_ns(control) - begun)
-        store_i64(control + 8 * THIS_STEP, step)
         if not _answer(control, program, step):
             get_back(control, program, signed(step))
             return FULL

@@ -14,6 +14,10 @@ ADDRESS = 2
 REPORT_WORDS = 5
 """Words of a report: row, granule, tag found, tag expected, epoch of the arena."""
 
+# Words of a program's block of checks; behind them the first row of each group, and the end of the last
+MEET, TABLE, HANDLES, REPORT = 0, 1, 2, 3  # addresses: of the function `meet`, rows, the handles' tags, a report
+STARTS = 4
+
 _MARK, _OWN, _EPOCH, _TAKE = int(Kind.MARK), int(Kind.OWN), int(Kind.EPOCH), int(Kind.TAKE)
 _READ, _READ_PEER, _READ_HANDLE = int(Kind.READ), int(Kind.READ_PEER), int(Kind.READ_HANDLE)
 _READ_NOBODY, _OR_EMPTY = int(Kind.READ_NOBODY), int(Kind.READ_OWN_OR_EMPTY)
@@ -51,12 +55,14 @@ def _report(to: int, row: int, granule: int, found: int, expected: int, epoch: i
     store_i64(to + 32, epoch)
 
 
-@entry(6)
-def walk(table: int, start: int, end: int, step: int, slots: int, report: int) -> int:
-    """Rows [start, end) of the table at an address, in order; 1 at the first read that finds another tag, else 0.
+@entry(4)
+def meet(checks: int, first_group: int, last_group: int, step: int) -> int:
+    """Groups [first, last) of a block of checks, in order; 1 at the first read that finds another tag, else 0.
 
-    `slots` is the address of the handles' tags, `report` of REPORT_WORDS words that are filled in on a violation.
+    The block's report is filled in on a violation.
     """
+    start, end = load_i64(checks + 8 * (STARTS + first_group)), load_i64(checks + 8 * (STARTS + last_group))
+    table, slots, report = load_i64(checks + 8 * TABLE), load_i64(checks + 8 * HANDLES), load_i64(checks + 8 * REPORT)
     mine = step << STEP_SHIFT
     for i in range(start, end):
         row = table + _NBYTES * i

@@ -8,8 +8,9 @@ from __future__ import annotations
 from protocol.board import State
 from protocol.program import Kind
 from workers.kernels.access import INNER
-from workers.kernels.emit import I32
-from workers.kernels.jit import njit, types
+from workers.kernels.emit import I32, I64
+from workers.kernels.jit import ir, njit, types
+from workers.kernels.shadow import MEET
 from workers.kernels.simd import load_i64, make, store_i64
 from workers.kernels.stage import entry
 from workers.kernels.team import FUTEX_NUMBER, load_i32, poll, store_i32, syscall, work
@@ -28,6 +29,7 @@ CONTROL_WORDS = 32
 
 # Words of a program's block, then its rows, the places of its inputs and those of its outputs
 NUMBER, N_ROWS, N_INPUTS, N_OUTPUTS, RECEIVED, N_LAST = 0, 1, 2, 3, 4, 5  # N_LAST: how many of the rows are last WAITs
+CHECKS = 6  # address of strict ownership's block of checks (kernels/shadow.py), 0 without
 ROWS = 8
 
 # Words of a row: what it does, its number and split for the board, and addresses
@@ -49,6 +51,9 @@ put32 = make(types.void, _LONG, _LONG)(
 )
 """put32(address, value): 32 bits; what was stored before is seen before."""
 memmove = types.ExternalFunction("memmove", _LONG(_LONG, _LONG, _LONG))
+_MEET = ir.FunctionType(I64, [I64] * 4)
+_meet = make(_LONG, *[_LONG] * 5)(lambda b, function, *args: b.call(b.inttoptr(function, _MEET.as_pointer()), args))
+"""_meet(function, checks, first group, last group, step): call kernels/shadow.py's function at an address."""
 
 
 @njit(**INNER)
@@ -149,18 +154,27 @@ def _latest(row: int, end: int, step: int) -> int:
 
 
 @njit(**INNER)
-def run_rows(control: int, program: int, full_step: int, n_rows: int) -> None:
-    """The first instructions of a step.
+def meets(checks: int, first: int, last: int, step: int) -> bool:
+    """Groups [first, last) of strict ownership's expectations are met; where not, the report says what was found."""
+    return checks == 0 or _meet(load_i64(checks + 8 * MEET), checks, first, last, step) == 0
+
+
+@njit(**INNER)
+def run_rows(control: int, program: int, full_step: int, n_rows: int) -> bool:
+    """The first instructions of a step, behind which are only WAITs; False where strict ownership found a violation.
 
     SENDs in a row are all published before the peer is woken. RECVs in a row are acknowledged together, at the latest
     before this worker sleeps or computes.
     """
     step = signed(full_step)
+    checks = load_i64(program + 8 * CHECKS)
+    group = load_i64(program + 8 * N_INPUTS) + 1  # of the row's expectations
     line = load_i64(control + 8 * LINE)
     row = program + 8 * ROWS
     end = row + ROW_NBYTES * n_rows
     owed = row  # RECVs from here on were not acknowledged
     phase = _COPIED
+    fine = True
     before = clock_ns(control)
     put32(line, full_step & 0xFFFFFFFF)
     while row < end:
@@ -179,6 +193,13 @@ def run_rows(control: int, program: int, full_step: int, n_rows: int) -> None:
         put32(line + 12, _WAITING if phase == _WAITED else _BUSY)
         word = load_i64(row + 8 * WORD)
         target, source, size = load_i64(row + 8 * TARGET), load_i64(row + 8 * SOURCE), load_i64(row + 8 * SIZE)
+        last = row + ROW_NBYTES
+        while kind == _SEND and last < end and load_i64(last + 8 * KIND) == _SEND:
+            last += ROW_NBYTES
+        groups = (last - row) // ROW_NBYTES
+        if kind != _RECV and not meets(checks, group, group + groups, full_step):
+            fine = False
+            break
         if kind == _RUN:  # a table, from row `target` to `source`
             work(
                 word, target, source, load_i64(control + 8 * THREADS), load_i64(control + 8 * TEAM),
@@ -187,13 +208,10 @@ def run_rows(control: int, program: int, full_step: int, n_rows: int) -> None:
         elif kind == _COPY:
             memmove(target, source, size)
         elif kind == _SEND:
-            first = row
-            while row < end and load_i64(row + 8 * KIND) == _SEND:
-                store_i32(load_i64(row + 8 * WORD), step)
-                row += ROW_NBYTES
-            for sent in range(first, row, ROW_NBYTES):
+            for sent in range(row, last, ROW_NBYTES):
+                store_i32(load_i64(sent + 8 * WORD), step)
+            for sent in range(row, last, ROW_NBYTES):
                 wake(load_i64(sent + 8 * WORD))
-            row -= ROW_NBYTES
         else:
             if not is_value(word, step):
                 _acknowledge(owed, row, step)
@@ -202,10 +220,17 @@ def run_rows(control: int, program: int, full_step: int, n_rows: int) -> None:
                 await_value(control, word, step)
             if kind == _RECV:
                 memmove(target, source, size)
-        row += ROW_NBYTES
-    _acknowledge(owed, end, step)
+                if not meets(checks, group, group + 1, full_step):
+                    fine = False
+                    break
+        row, group = last, group + groups
+    _acknowledge(owed, row, step)
+    if fine:  # what is left are WAITs, and reads of what the program leaves
+        rest = load_i64(program + 8 * N_ROWS) - n_rows
+        fine = meets(checks, group, group + rest + 1, full_step)
     spent = control + 8 * (SPENT + phase)
     store_i64(spent, load_i64(spent) + clock_ns(control) - before)
+    return fine
 
 
 @njit(**INNER)
@@ -218,10 +243,10 @@ def begin(control: int) -> int:
 
 @entry(3)
 def run(control: int, program: int, step: int) -> int:
-    """One step: its inputs are in place, nobody is told of its end. Leaves SPENT."""
+    """One step: its inputs are in place, nobody is told of its end. Leaves SPENT. 1 on a violation, else 0."""
     begin(control)
-    run_rows(control, program, step, load_i64(program + 8 * N_ROWS))
-    return 0
+    fine = run_rows(control, program, step, load_i64(program + 8 * N_ROWS))
+    return 0 if fine else 1
 
 
 @njit(**INNER)
