@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from enum import Enum, auto
 
 from coordinator.graph.node import Tensor
 from coordinator.schedule.devices import buft_name
@@ -34,8 +35,30 @@ class _Bell:
     """A transfer: its SEND with what the sender knew then, and what its receiver knew when it acknowledged."""
 
     sent: Instruction | None = None
+    sender: int = -1
     published: _Clock | None = None
     acknowledged: _Clock | None = None
+
+
+class Wrong(Enum):
+    """Kinds of faults."""
+
+    OVERWRITTEN = auto()  # bytes are overwritten that a peer may still read
+    NEVER_BACK = auto()  # a program ends while bytes are on loan
+    NEVER_SENT = auto()  # a RECV of what nobody sends
+    UNSOUND = auto()  # anything else that no lowering makes
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """What is wrong with a worker's program, and about which transfer; bytes [start, end) of `span` and who writes."""
+
+    kind: Wrong
+    worker: int
+    transfer: int
+    what: str
+    item: Instruction | None = None
+    span: _Span | None = None
 
 
 def check_leases(lowered: Lowered) -> None:
@@ -47,7 +70,16 @@ def check_leases(lowered: Lowered) -> None:
 
     Raises PlanError naming graph, device, transfer and tensor.
     """
-    _Walk(lowered).go()
+    for fault in faults(lowered):
+        name, device = lowered.transfers[fault.transfer].name, lowered.plan.devices[fault.worker].name
+        raise PlanError(f"{lowered.plan.graph.name}: {device}: transfer {fault.transfer} of {name!r}: {fault.what}")
+
+
+def faults(lowered: Lowered) -> list[Fault]:
+    """All that `check_leases` would refuse, each overwritten loan once."""
+    walk = _Walk(lowered)
+    walk.go()
+    return walk.faults
 
 
 def check_plan_leases(plan: Plan) -> None:
@@ -55,7 +87,12 @@ def check_plan_leases(plan: Plan) -> None:
 
     Raises PlanError as `check_leases` and `lower` do: devices must have buffer types of their own.
     """
-    check_leases(lower(plan, _Apart({buft_name(d): k for k, d in reversed(list(enumerate(plan.devices)))})))
+    check_leases(lower_apart(plan))
+
+
+def lower_apart(plan: Plan) -> Lowered:
+    """A plan's programs on workers whose memory nothing shares. Raises PlanError where there can be none."""
+    return lower(plan, _Apart({buft_name(d): k for k, d in reversed(list(enumerate(plan.devices)))}))
 
 
 @dataclass(slots=True)
@@ -75,6 +112,8 @@ class _Apart:
         return self._home(buft, chunk)
 
     def _home(self, buft: str, what: str | int) -> Home:
+        if buft not in self.workers:
+            raise PlanError(f"buffer type {buft} belongs to no device")
         return Home(self.workers[buft], self.arenas.setdefault((buft, what), len(self.arenas)), 0)
 
 
@@ -86,6 +125,7 @@ class _Walk:
         n = len(lowered.programs)
         self.workers = [_Worker(program, [0] * n) for program in lowered.programs]
         self.bells = [_Bell() for _ in lowered.transfers]
+        self.faults: list[Fault] = []
 
     def go(self) -> None:
         """Each worker as far as it gets, until nobody moves."""
@@ -95,17 +135,19 @@ class _Walk:
             for index in range(len(self.workers)):
                 while self._step(index):
                     moved = True
+        sent = {i.transfer for w in self.workers for i in w.program.instructions if i.kind is Kind.SEND}
         for index, worker in enumerate(self.workers):
             if worker.at < len(worker.program.instructions):
                 item = worker.program.instructions[worker.at]
-                raise self._error(index, item.transfer, f"{item.kind.name} in split {item.split} waits for ever")
+                kind = Wrong.UNSOUND if item.kind is not Kind.RECV or item.transfer in sent else Wrong.NEVER_SENT
+                self._tell(kind, index, item.transfer, f"{item.kind.name} in split {item.split} waits for ever", item)
         for transfer, bell in enumerate(self.bells):
             if bell.acknowledged is None:
                 what = "is never sent" if bell.sent is None else "is never received"
-                raise self._error(self.lowered.transfers[transfer].target, transfer, what)
+                self._tell(Wrong.UNSOUND, self.lowered.transfers[transfer].target, transfer, what)
         for index, worker in enumerate(self.workers):
-            for transfer in worker.lent:
-                raise self._error(index, transfer, "the program ends while the bytes are on loan")
+            for transfer in worker.lent if worker.at == len(worker.program.instructions) else ():
+                self._tell(Wrong.NEVER_BACK, index, transfer, "the program ends while the bytes are on loan")
 
     def _step(self, index: int) -> bool:
         """Carry out a worker's next instruction; False when it has to wait, or is through."""
@@ -140,32 +182,44 @@ class _Walk:
 
     def _check_write(self, index: int, item: Instruction, span: _Span) -> None:
         arena, start, end = span
-        for transfer, lent in self.workers[index].lent.items():
-            if arena == lent.arena and start < lent.offset + lent.nbytes and lent.offset < end:
+        lent = self.workers[index].lent
+        for transfer, loan in list(lent.items()):
+            if arena == loan.arena and start < loan.offset + loan.nbytes and loan.offset < end:
+                del lent[transfer]
                 what = f"{item.kind.name} in split {item.split} overwrites bytes [{start}, {end}) of arena {arena}"
-                raise self._error(index, transfer, f"{what} while they are on loan")
+                what += " while they are on loan"
+                self._tell(Wrong.OVERWRITTEN, index, transfer, what, item, span)
 
     def _send(self, index: int, item: Instruction) -> None:
         bell, worker = self.bells[item.transfer], self.workers[index]
         if bell.sent is not None:
-            raise self._error(index, item.transfer, "is sent twice")
-        bell.sent, bell.published = item, worker.clock[:]
+            self._tell(Wrong.UNSOUND, index, item.transfer, "is sent twice")
+            return
+        bell.sent, bell.sender, bell.published = item, index, worker.clock[:]
         worker.lent[item.transfer] = item
 
     def _receive(self, index: int, item: Instruction) -> None:
         bell = self.bells[item.transfer]
         assert bell.sent is not None, item
         if bell.acknowledged is not None:
-            raise self._error(index, item.transfer, "is received twice")
+            self._tell(Wrong.UNSOUND, index, item.transfer, "is received twice")
+            return
         if ((bell.sent.arena, bell.sent.offset), bell.sent.nbytes) != (item.src, item.nbytes):
-            raise self._error(index, item.transfer, "is not received from where it was sent")
-        if bell.sent.peer != index or item.transfer not in self.workers[item.peer].lent:
-            raise self._error(index, item.transfer, "is received by another worker than it was sent to")
+            self._tell(Wrong.UNSOUND, index, item.transfer, "is not received from where it was sent")
+        if bell.sent.peer != index or bell.sender != item.peer:
+            self._tell(Wrong.UNSOUND, index, item.transfer, "is received by another worker than it was sent to")
         bell.acknowledged = self.workers[index].clock[:]
 
-    def _error(self, worker: int, transfer: int, what: str) -> PlanError:
-        name, device = self.lowered.transfers[transfer].name, self.lowered.plan.devices[worker].name
-        return PlanError(f"{self.lowered.plan.graph.name}: {device}: transfer {transfer} of {name!r}: {what}")
+    def _tell(
+        self,
+        kind: Wrong,
+        worker: int,
+        transfer: int,
+        what: str,
+        item: Instruction | None = None,
+        span: _Span | None = None,
+    ) -> None:
+        self.faults.append(Fault(kind, worker, transfer, what, item, span))
 
 
 def written(program: WorkerProgram, item: Instruction) -> Iterator[_Span]:

@@ -1,25 +1,23 @@
-"""Loans in lowered programs: bytes that a worker sent may be rewritten only after the receiver has taken them."""
+"""What the proof of leases refuses, as findings: bytes that a worker sent were rewritten before they were taken."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from coordinator.graph.node import Tensor
 from coordinator.ownership.facts import Access, Extent, Finding, Kind
+from coordinator.ownership.leases import Fault, Wrong, faults, lower_apart
 from coordinator.ownership.shadow import finding
-from coordinator.schedule.lower import Home, Lowered, lower
+from coordinator.schedule.lower import Lowered, Transfer
 from coordinator.schedule.plan import Plan
 from protocol.errors import PlanError
-from protocol.program import Instruction
 from protocol.program import Kind as Does
 
 
-@dataclass(frozen=True, slots=True)
-class _Loan:
-    transfer: int
-    arena: int
-    start: int
-    end: int
+def check_loans(plan: Plan) -> tuple[Finding, ...]:
+    """Hazards of the programs that a plan becomes. Plans that no workers could run (devices that share memory) have
+    no programs, and so none."""
+    try:
+        return check_lowered(lower_apart(plan))
+    except PlanError:
+        return ()
 
 
 def check_lowered(lowered: Lowered) -> tuple[Finding, ...]:
@@ -28,108 +26,61 @@ def check_lowered(lowered: Lowered) -> tuple[Finding, ...]:
     A worker that writes bytes which it has lent, or ends with loans that nobody awaited (the next step would write
     them), overwrites them in flight; a transfer that is received but never sent is read too early.
     """
-    found: list[Finding] = []
-    sent = {i.transfer for p in lowered.programs for i in p.instructions if i.kind is Does.SEND}
-    for worker in range(len(lowered.programs)):
-        found += _Ledger(lowered, worker, sent).run()
-    return tuple(found)
+    return tuple(_finding(lowered, fault) for fault in faults(lowered))
 
 
-class _Homes:
-    """A worker per device; every resident tensor and chunk in an arena of its own."""
-
-    def __init__(self, plan: Plan) -> None:
-        self._worker = {device.buft or device.name: k for k, device in reversed(list(enumerate(plan.devices)))}
-        self._arenas: dict[tuple[str, str, int], int] = {}
-
-    def _home(self, buft: str, name: str, chunk: int) -> Home:
-        if buft not in self._worker:
-            raise PlanError(f"buffer type {buft} belongs to no device")
-        return Home(self._worker[buft], self._arenas.setdefault((buft, name, chunk), len(self._arenas)), 0)
-
-    def resident(self, tensor: Tensor) -> Home:
-        """A tensor that was allocated before the graph."""
-        assert tensor.buffer is not None, tensor.name
-        return self._home(tensor.buffer.buft, tensor.name, 0)
-
-    def compute(self, buft: str, chunk: int) -> Home:
-        """The start of a chunk of a compute buffer."""
-        return self._home(buft, "", chunk)
-
-
-def check_loans(plan: Plan) -> tuple[Finding, ...]:
-    """Hazards of the programs that a plan becomes. Plans that no workers could run (devices that share memory) have
-    no programs, and so none."""
-    try:
-        return check_lowered(lower(plan, _Homes(plan)))
-    except PlanError:
-        return ()
+def _finding(lowered: Lowered, fault: Fault) -> Finding:
+    transfer = lowered.transfers[fault.transfer]
+    if fault.kind is Wrong.NEVER_SENT:
+        why = f"transfer {fault.transfer} ({transfer.name}) is received but nobody sends it"
+        return finding(Kind.READ_TOO_EARLY, transfer.name, why, reader=_reader(lowered, transfer))
+    if fault.kind is Wrong.UNSOUND:
+        device = lowered.plan.devices[fault.worker].name
+        why = f"{device}: transfer {fault.transfer} ({transfer.name}): {fault.what}"
+        return finding(Kind.CANNOT_RUN, transfer.name, why)
+    if fault.kind is Wrong.NEVER_BACK:
+        why = f"the program ends while {transfer.name} is still lent: the next step may overwrite it"
+    else:
+        why = (
+            f"{transfer.name} is lent to {lowered.plan.devices[transfer.target].name}: nothing waits for it to be taken"
+        )
+    lent = next(
+        item
+        for item in lowered.programs[fault.worker].instructions
+        if item.kind is Does.SEND and item.transfer == fault.transfer
+    )
+    extent = Extent(f"arena {lent.arena}", lent.offset, lent.offset + lent.nbytes)
+    return finding(
+        Kind.OVERWRITTEN_IN_FLIGHT, transfer.name, why, extent=extent, reader=_reader(lowered, transfer),
+        overwriter=_overwriter(lowered, fault, extent),
+    )  # fmt: skip
 
 
-class _Ledger:
-    """The loans of one worker while its program is walked."""
+def _reader(lowered: Lowered, transfer: Transfer) -> Access:
+    return _access(lowered, transfer.target, "recv", transfer.name, -1, transfer.split)
 
-    def __init__(self, lowered: Lowered, worker: int, sent: set[int]) -> None:
-        self.lowered, self.worker, self.sent = lowered, worker, sent
-        self.loans: dict[int, _Loan] = {}
-        self.found: list[Finding] = []
 
-    def run(self) -> list[Finding]:
-        program = self.lowered.programs[self.worker]
-        for i in program.instructions:
-            if i.kind is Does.SEND:
-                self.loans[i.transfer] = _Loan(i.transfer, i.arena, i.offset, i.offset + i.nbytes)
-            elif i.kind is Does.WAIT:
-                self.loans.pop(i.transfer, None)
-            elif i.kind is Does.TAP:
-                continue
-            elif i.kind is Does.RUN:
-                for op in program.ops[i.first : i.last]:
-                    name = self._node_name(op.node)
-                    self._write(op.dst.arena, op.dst.offset, op.dst.span, op.op.name, name, op.node, i.split)
-            else:
-                self._arrive(i)
-        for loan in self.loans.values():
-            why = f"the program ends while {self._name(loan)} is still lent: the next step may overwrite it"
-            self._tell(loan, why, None)
-        return self.found
+def _overwriter(lowered: Lowered, fault: Fault, lent: Extent) -> Access | None:
+    """Who writes there, and which of the lent bytes."""
+    if fault.item is None or fault.span is None:
+        return None
+    item, (arena, start, end) = fault.item, fault.span
+    extent = Extent(f"arena {arena}", max(start, lent.start), min(end, lent.end))
+    if item.kind is Does.RUN:
+        program, graph = lowered.programs[fault.worker], lowered.plan.graph
+        op = next(
+            op
+            for op in program.ops[item.first : item.last]
+            if (op.dst.arena, op.dst.offset, op.dst.offset + op.dst.span) == fault.span
+        )
+        name = graph.tensors[graph.nodes[op.node]].name
+        return _access(lowered, fault.worker, op.op.name, name, op.node, item.split, extent)
+    name = lowered.transfers[item.transfer].name if item.kind is Does.RECV else "a kept tensor or copy"
+    return _access(lowered, fault.worker, item.kind.name.lower(), name, -1, item.split, extent)
 
-    def _arrive(self, i: Instruction) -> None:
-        """A COPY or RECV writes; a RECV without a SEND finds nothing."""
-        name = self.lowered.transfers[i.transfer].name if i.kind is Does.RECV else "a kept tensor or copy"
-        if i.kind is Does.RECV and i.transfer not in self.sent:
-            why = f"transfer {i.transfer} ({name}) is received but nobody sends it"
-            self.found.append(finding(Kind.READ_TOO_EARLY, name, why, reader=self._access("recv", name, -1, i.split)))
-        self._write(i.arena, i.offset, i.nbytes, i.kind.name.lower(), name, -1, i.split)
 
-    def _write(self, arena: int, start: int, nbytes: int, what: str, name: str, node: int, split: int) -> None:
-        for loan in list(self.loans.values()):
-            if loan.arena == arena and loan.start < start + nbytes and start < loan.end:
-                del self.loans[loan.transfer]
-                extent = Extent(f"arena {arena}", max(start, loan.start), min(start + nbytes, loan.end))
-                why = f"{self._name(loan)} is lent to {self._peer(loan)}: nothing waits for it to be taken"
-                self._tell(loan, why, self._access(what, name, node, split, extent))
-
-    def _tell(self, loan: _Loan, why: str, over: Access | None) -> None:
-        extent = Extent(f"arena {loan.arena}", loan.start, loan.end)
-        reader = self._access("recv", self._name(loan), -1, self.lowered.transfers[loan.transfer].split)
-        self.found.append(
-            finding(
-                Kind.OVERWRITTEN_IN_FLIGHT, self._name(loan), why, extent=extent, reader=reader, overwriter=over
-            )
-        )  # fmt: skip
-
-    def _access(self, what: str, name: str, node: int, split: int, extent: Extent | None = None) -> Access:
-        plan = self.lowered.plan
-        device = plan.devices[self.worker].name
-        return Access(what, name, plan.graph.name, 1, split, node, device, 0, plan.epoch, extent)
-
-    def _name(self, loan: _Loan) -> str:
-        return self.lowered.transfers[loan.transfer].name
-
-    def _peer(self, loan: _Loan) -> str:
-        return self.lowered.plan.devices[self.lowered.transfers[loan.transfer].target].name
-
-    def _node_name(self, node: int) -> str:
-        graph = self.lowered.plan.graph
-        return graph.tensors[graph.nodes[node]].name
+def _access(
+    lowered: Lowered, worker: int, what: str, name: str, node: int, split: int, extent: Extent | None = None
+) -> Access:
+    plan = lowered.plan
+    return Access(what, name, plan.graph.name, 1, split, node, plan.devices[worker].name, 0, plan.epoch, extent)

@@ -184,18 +184,28 @@ def test_lowered_programs_wait_for_their_loans(forked: bool) -> None:
     assert check_loans(good.plan) == ()
 
 
+def without(good: Lowered, worker: int, gone: tuple[int, ...]) -> Lowered:
+    """A worker does not wait for these transfers."""
+    program = good.programs[worker]
+    kept = tuple(i for i in program.instructions if i.kind is not Does.WAIT or i.transfer not in gone)
+    programs = list(good.programs)
+    programs[worker] = replace(program, instructions=kept)
+    return replace(good, programs=tuple(programs))
+
+
 def test_a_missing_wait_is_found() -> None:
+    """But for the two that are needless: the peer takes transfer 5 before 6, which is waited for; and transfer 1, which
+    is received before anything is overwritten, was sent after 0 had been taken."""
     good = lowered(forked=True)
-    for worker, program in enumerate(good.programs):
-        for k, instruction in enumerate(program.instructions):
-            if instruction.kind is not Does.WAIT:
-                continue
-            rest = program.instructions[:k] + program.instructions[k + 1 :]
-            programs = list(good.programs)
-            programs[worker] = replace(program, instructions=rest)
-            (found,) = check_lowered(replace(good, programs=tuple(programs)))
-            assert found.kind is Kind.OVERWRITTEN_IN_FLIGHT
-            assert found.tensor == good.transfers[instruction.transfer].name
+    waits = [(w, i.transfer) for w, p in enumerate(good.programs) for i in p.instructions if i.kind is Does.WAIT]
+    for worker, transfer in waits:
+        found = check_lowered(without(good, worker, (transfer,)))
+        assert [f.kind for f in found] == [Kind.OVERWRITTEN_IN_FLIGHT] * ((worker, transfer) not in {(0, 5), (1, 0)})
+        assert {f.tensor for f in found} <= {good.transfers[transfer].name}
+    assert len(waits) == 7
+    lent = {f.tensor: f.overwriter for f in check_lowered(without(good, 0, (4, 5, 6)))}
+    assert set(lent) == {good.transfers[t].name for t in (4, 5, 6)}
+    assert [who is None for who in lent.values()] == [False, True, True]
 
 
 def test_a_missing_send_is_found() -> None:
@@ -206,6 +216,18 @@ def test_a_missing_send_is_found() -> None:
     programs = list(good.programs)
     programs[worker] = replace(program, instructions=kept)
     assert Kind.READ_TOO_EARLY in {f.kind for f in check_lowered(replace(good, programs=tuple(programs)))}
+
+
+def test_a_missing_receive_is_found() -> None:
+    good = lowered()
+    worker = good.transfers[0].target
+    program = good.programs[worker]
+    kept = tuple(i for i in program.instructions if i.kind is not Does.RECV or i.transfer != 0)
+    programs = list(good.programs)
+    programs[worker] = replace(program, instructions=kept)
+    found = check_lowered(replace(good, programs=tuple(programs)))
+    assert {f.kind for f in found} == {Kind.CANNOT_RUN}
+    assert "is never received" in " ".join(f.why for f in found)
 
 
 def test_the_documented_output_is_the_programs(capsys: pytest.CaptureFixture[str]) -> None:
