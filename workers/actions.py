@@ -9,6 +9,9 @@ from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
+from numpy.typing import NDArray
+
 from protocol.board import Board, State
 from protocol.mailbox import Mailbox
 from protocol.messages import Done, ProgramMessage
@@ -57,8 +60,12 @@ class Scripting(Protocol):
         plane: Plane,
         built: Any,
         checks: Expectations | None,
+        times: NDArray[np.int64] | None,
     ) -> Any:
-        """A checked program as compiled code walks it, with strict ownership's checks; None where it cannot."""
+        """A checked program as compiled code walks it, with strict ownership's checks; None where it cannot.
+
+        With `times` every step leaves there when its instructions began and ended, and answers with it.
+        """
 
     def walker(self, board: Board, index: int) -> Walker:
         """Runs scripts for worker `index`."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from protocol.board import Board
 from protocol.features import has
 from protocol.messages import ProgramMessage
@@ -40,11 +43,12 @@ class KernelEngine:
         plane: Plane,
         built: Table,
         checks: Expectations | None,
+        times: NDArray[np.int64] | None,
     ) -> Script | None:
         """The program as compiled code walks it; None with TAPs, or where peers are not heard of through doorbells."""
         if not isinstance(plane, SharedPlane) or not has("futex"):
             return None
-        return script_of(message, instructions, arenas, plane, built, checks)
+        return script_of(message, instructions, arenas, plane, built, checks, times)
 
     def walker(self, board: Board, index: int) -> Walker:
         """Runs scripts for worker `index`."""

@@ -55,7 +55,7 @@ class Compiled:
 
     `inputs` and `outputs` are the ports' bytes, None where there is no memory. `begin` is strict ownership's: it marks
     the inputs that were set and starts checking. What TAPs read is put into `tapped`. `script` is what compiled code
-    walks instead of the actions.
+    walks instead of the actions; where it takes times, too, their table comes behind the outputs.
     """
 
     message: ProgramMessage
@@ -138,15 +138,18 @@ def compile_program(
     if message.timing:
         assert board is not None
         timing = timing_of(message.timing, costs, instructions, board)
-    script = None
-    if timing is None and isinstance(engine, Scripting):
-        script = engine.script(message, instructions, arenas, plane, built, checks)
+    outputs = tuple(_bytes(arenas, port) for port in message.outputs)
+    script, times = None, None if timing is None or timing.clock is not None else timing.table
+    if (timing is None or times is not None) and isinstance(engine, Scripting):
+        script = engine.script(message, instructions, arenas, plane, built, checks, times)
+    if script is not None and times is not None:  # compiled code takes them
+        outputs, timing = (*outputs, times.data.cast("B")), None
     return Compiled(
         message,
         _actions(instructions, acts, check, len(message.inputs), timing),
         frozenset(used),
         tuple(None if arenas.virtual else _bytes(arenas, port) for port in message.inputs),
-        tuple(_bytes(arenas, port) for port in message.outputs),
+        outputs,
         tuple(_bytes(arenas, port) for port in message.digests),
         sum(item.nbytes for item in instructions if item.kind is Kind.RECV),
         tapped,

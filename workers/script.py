@@ -28,7 +28,7 @@ _NAP_NS, _IDLE_NAP_S = 50_000_000, 10  # a sleeper's second chance, should it ev
 class Script:
     """A program as the compiled walker reads it (kernels/steps.py has the layout), at `address`.
 
-    `checks` are strict ownership's.
+    `checks` are strict ownership's, `times` the table that each step fills.
     """
 
     block: NDArray[np.int64]
@@ -36,6 +36,7 @@ class Script:
     number: int
     received_nbytes: int
     checks: Expectations | None
+    times: NDArray[np.int64] | None
 
 
 class Spent(NamedTuple):
@@ -53,22 +54,31 @@ def script_of(
     plane: SharedPlane,
     built: Table,
     checks: Expectations | None,
+    times: NDArray[np.int64] | None,
 ) -> Script | None:
-    """The script of a checked program; None for one with instructions that need Python."""
+    """The script of a checked program; None for one with instructions that need Python.
+
+    Each step fills the table `times` [n + 1, TIME_WORDS], where there is one, and answers with it behind the outputs.
+    """
     if any(item.kind not in _SCRIPTED for item in instructions):
         return None
     rows = [_row(number, item, arenas, plane, built) for number, item in enumerate(instructions)]
     places = [
         (arenas.address(port.arena) + port.offset, port.nbytes) for port in (*message.inputs, *message.outputs)
     ]  # fmt: skip
-    received = sum(item.nbytes for item in instructions if item.kind is Kind.RECV)
-    head = np.zeros(steps.ROWS, np.int64)
     n_last = len(list(takewhile(lambda item: item.kind is Kind.WAIT, reversed(instructions))))
-    head[:6] = message.program, len(rows), len(message.inputs), len(message.outputs), received, n_last
+    if times is not None:  # an answer has the times of all rows, the last WAITs among them
+        places.append((int(times.ctypes.data), times.nbytes))
+        n_last = 0
+    received = sum(item.nbytes for item in instructions if item.kind is Kind.RECV)
+    n_outputs = len(places) - len(message.inputs)
+    head = np.zeros(steps.ROWS, np.int64)
+    head[:6] = message.program, len(rows), len(message.inputs), n_outputs, received, n_last
     head[steps.CHECKS] = 0 if checks is None else checks.address
+    head[steps.TIMES] = 0 if times is None else times.ctypes.data
     table = np.array(rows, np.int64).reshape(-1)
     block = np.concatenate([head, table, np.array(places, np.int64).reshape(-1)])
-    return Script(block, int(block.ctypes.data), message.program, received, checks)
+    return Script(block, int(block.ctypes.data), message.program, received, checks, times)
 
 
 def _row(number: int, item: Instruction, arenas: Arenas, plane: SharedPlane, built: Table) -> tuple[int, ...]:

@@ -19,6 +19,7 @@ from protocol.board import Board, State
 from protocol.features import has
 from protocol.mailbox import CAPACITY, Mailbox
 from protocol.program import Instruction, Kind, pack_instructions, pack_ops
+from protocol.timing import TIME_WORDS
 from workers.arena import Arenas
 from workers.engine import KernelEngine
 from workers.peers import SharedPlane
@@ -47,17 +48,18 @@ class Side:
         self.plane, self.engine = SharedPlane(board), KernelEngine(1)
         self.runner = Runner(index, self.arenas, self.plane, board, self.engine)
 
-    def compiled(self, program: Program, sides: Sequence[Side]) -> Compiled:
+    def compiled(self, program: Program, sides: Sequence[Side], timing: str = "") -> Compiled:
         """This worker's share."""
         peers = tuple(m.PeerArena(s.index, ARENA, s.segment.path, s.segment.nbytes, "") for s in sides if s is not self)
         message = m.ProgramMessage(
             PROGRAM, "test", program.n_transfers, program.inputs[self.index], program.outputs[self.index], (), peers,
-            False,
+            False, timing,
         )  # fmt: skip
         tables = [pack_ops([]).tobytes(), pack_instructions(program.instructions[self.index]).tobytes()]
         return compile_program(
-            message, [memoryview(t) for t in tables], self.arenas, self.plane, self.engine, len(sides), frozenset()
-        )
+            message, [memoryview(t) for t in tables], self.arenas, self.plane, self.engine, len(sides), frozenset(),
+            board=self.board,
+        )  # fmt: skip
 
 
 @dataclass
@@ -144,6 +146,35 @@ def test_random_programs(seed: int, directory: str) -> None:
             np.testing.assert_array_equal(side.segment.view[: SLOT * N_SLOTS], memory[side.index].reshape(-1))
             assert board.progress(side.index).state is State.IDLE
             assert board.progress(side.index).step == step & 0xFFFFFFFF
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_times_of_instructions(seed: int, directory: str) -> None:
+    """Compiled code takes them as Python does: one after the other within the step, the results are the same."""
+    program = random_program(random.Random(seed), 2, 60)
+    board = Board.create(directory)
+    sides = [Side(index, board, directory) for index in range(2)]
+    shares = [side.compiled(program, sides, "trace") for side in sides]
+    assert all(share.script is not None for share in shares)
+    tables: list[np.ndarray[Any, Any]] = [np.empty(0)] * 2
+
+    def step(index: int, number: int) -> None:
+        _, outputs = sides[index].runner.run(shares[index], number, [])
+        tables[index] = np.frombuffer(outputs[-1], np.int64).reshape(-1, TIME_WORDS)
+
+    for number in (1, 2):
+        before = time.monotonic_ns()
+        together(*(lambda index=index, number=number: step(index, number) for index in range(2)))  # type: ignore[misc]
+        after = time.monotonic_ns()
+        for table, instructions in zip(tables, program.instructions, strict=True):
+            assert len(table) == len(instructions) + 1
+            assert not table[:, 2:].any()
+            starts, ends = table[:-1, 0], table[:-1, 1]
+            assert (starts <= ends).all()
+            sends = np.array([item.kind is Kind.SEND for item in instructions])
+            assert (ends[:-1] <= starts[1:])[~(sends[:-1] & sends[1:])].all()
+            assert before <= table[-1, 0] <= starts.min()
+            assert ends.max() <= table[-1, 1] <= after
 
 
 def _ping(n: int, *, batch: bool) -> Program:

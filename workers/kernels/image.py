@@ -27,7 +27,7 @@ import numpy.typing as npt
 from protocol.features import CPU_SWITCHES, disabled, has
 from workers.kernels.elf import Linked
 
-LAYOUTS = ("board.py", "dtypes.py", "mailbox.py", "program.py", "shadow.py")
+LAYOUTS = ("board.py", "dtypes.py", "mailbox.py", "program.py", "shadow.py", "timing.py")
 """Modules of the package protocol whose numbers are compiled into kernels."""
 
 _MAGIC = b"crossdock kernels 1\n"

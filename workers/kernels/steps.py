@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from protocol.board import State
 from protocol.program import Kind
+from protocol.timing import TIME_WORDS
 from workers.kernels.access import INNER
 from workers.kernels.emit import I32, I64
 from workers.kernels.jit import ir, njit, types
@@ -30,6 +31,7 @@ CONTROL_WORDS = 32
 # Words of a program's block, then its rows, the places of its inputs and those of its outputs
 NUMBER, N_ROWS, N_INPUTS, N_OUTPUTS, RECEIVED, N_LAST = 0, 1, 2, 3, 4, 5  # N_LAST: how many of the rows are last WAITs
 CHECKS = 6  # address of strict ownership's block of checks (kernels/shadow.py), 0 without
+TIMES = 7  # address of a table (protocol/timing.py) of when each row began and ended, and the step; 0: nobody asks
 ROWS = 8
 
 # Words of a row: what it does, its number and split for the board, and addresses
@@ -127,6 +129,13 @@ def await_past(control: int, word: int, value: int) -> None:
 
 
 @njit(**INNER)
+def _note(control: int, times: int, row: int, end: int) -> None:
+    """Note when a row began (`end` 0) or ended (1), where somebody asks for it."""
+    if times != 0:
+        store_i64(times + 8 * (TIME_WORDS * row + end), clock_ns(control))
+
+
+@njit(**INNER)
 def _acknowledge(first: int, last: int, step: int) -> None:
     """Tell the peers of RECVs [first, last) that their bytes were taken; all of it before any of them wakes up."""
     for row in range(first, last, ROW_NBYTES):
@@ -167,7 +176,7 @@ def run_rows(control: int, program: int, full_step: int, n_rows: int) -> bool:
     before this worker sleeps or computes.
     """
     step = signed(full_step)
-    checks = load_i64(program + 8 * CHECKS)
+    checks, times = load_i64(program + 8 * CHECKS), load_i64(program + 8 * TIMES)
     group = load_i64(program + 8 * N_INPUTS) + 1  # of the row's expectations
     line = load_i64(control + 8 * LINE)
     row = program + 8 * ROWS
@@ -177,6 +186,7 @@ def run_rows(control: int, program: int, full_step: int, n_rows: int) -> bool:
     fine = True
     before = clock_ns(control)
     put32(line, full_step & 0xFFFFFFFF)
+    _note(control, times, n_rows, 0)
     while row < end:
         kind = load_i64(row + 8 * KIND)
         now_in = _COMPUTE if kind == _RUN else (_COPIED if kind in (_COPY, _SEND) else _WAITED)
@@ -196,7 +206,8 @@ def run_rows(control: int, program: int, full_step: int, n_rows: int) -> bool:
         last = row + ROW_NBYTES
         while kind == _SEND and last < end and load_i64(last + 8 * KIND) == _SEND:
             last += ROW_NBYTES
-        groups = (last - row) // ROW_NBYTES
+        groups, index = (last - row) // ROW_NBYTES, load_i64(row + 8 * INDEX)
+        _note(control, times, index, 0)
         if kind != _RECV and not meets(checks, group, group + groups, full_step):
             fine = False
             break
@@ -209,7 +220,9 @@ def run_rows(control: int, program: int, full_step: int, n_rows: int) -> bool:
             memmove(target, source, size)
         elif kind == _SEND:
             for sent in range(row, last, ROW_NBYTES):
+                _note(control, times, load_i64(sent + 8 * INDEX), 0)
                 store_i32(load_i64(sent + 8 * WORD), step)
+                _note(control, times, load_i64(sent + 8 * INDEX), 1)
             for sent in range(row, last, ROW_NBYTES):
                 wake(load_i64(sent + 8 * WORD))
         else:
@@ -223,11 +236,13 @@ def run_rows(control: int, program: int, full_step: int, n_rows: int) -> bool:
                 if not meets(checks, group, group + 1, full_step):
                     fine = False
                     break
+        _note(control, times, index + groups - 1, 1)
         row, group = last, group + groups
     _acknowledge(owed, row, step)
     if fine:  # what is left are WAITs, and reads of what the program leaves
         rest = load_i64(program + 8 * N_ROWS) - n_rows
         fine = meets(checks, group, group + rest + 1, full_step)
+    _note(control, times, n_rows, 1)
     spent = control + 8 * (SPENT + phase)
     store_i64(spent, load_i64(spent) + clock_ns(control) - before)
     return fine
