@@ -15,6 +15,7 @@ from protocol.errors import WorkerError
 
 PREFIX = "crossdock-run-"
 _YOUNG_S = 60.0
+_STUBBORN_S = 0.5  # what cannot be removed for so long never will be
 _locks: dict[str, int] = {}
 
 
@@ -39,9 +40,15 @@ def run_directory() -> str:
 
 
 def remove_run_directory(path: str) -> None:
-    """Remove what `run_directory` made, and nothing else; more than one process may try."""
-    if _is_ours(path):
+    """Remove what `run_directory` made, and nothing else; more than one process may try.
+
+    Again and again while something appears in it: a socket that is just being bound would keep it for ever.
+    """
+    last = time.monotonic() + _STUBBORN_S
+    while _is_ours(path):
         shutil.rmtree(path, ignore_errors=True)
+        if time.monotonic() > last:
+            break
     fd = _locks.pop(path, None)
     if fd is not None:
         os.close(fd)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import sys
 import threading
@@ -15,6 +16,8 @@ from workers import config
 from workers.loop import serve
 from workers.prepare import load_kernels
 
+_HANG_UP_MS = 50
+
 
 def main() -> None:
     """Serve one run. Exit status: 0, or that of the error, whose line goes to stderr.
@@ -23,8 +26,9 @@ def main() -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the coordinator ends us
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # sent to stopped workers when it dies: they have to clean up, too
+    directory = sys.argv[1] if len(sys.argv) > 1 else ""
     try:
-        status = _serve(sys.argv[1] if len(sys.argv) > 1 else "")
+        status = _serve(directory)
     except CrossdockError as error:
         print(f"crossdock worker: {error}", file=sys.stderr, flush=True)
         status = error.exit
@@ -33,7 +37,19 @@ def main() -> None:
         status = Exit.INTERNAL
     if sys.stdout is not None:
         sys.stdout.flush()
+    if status is not Exit.OK and _abandoned():
+        remove_run_directory(directory)
     os._exit(status)
+
+
+def _abandoned() -> bool:
+    """True when the coordinator is gone, perhaps what made us fail: then the watch may not have come to its end.
+
+    A process that is killed loses its files one by one, so we may have failed before the pipe closes.
+    """
+    hang_up = select.poll()
+    hang_up.register(0, 0)
+    return bool(hang_up.poll(_HANG_UP_MS))
 
 
 def _serve(directory: str) -> Exit:

@@ -57,9 +57,10 @@ def serve(config: WorkerConfig) -> None:
     if not isinstance(welcome, m.Welcome):
         raise ProtocolError(f"{config.name}: expected welcome, got {type(welcome).__name__}")
     board = Board.attach(config.board)
-    plane = _plane(config, welcome, context, inbox, board)
+    arenas = _arenas(config, shared=welcome.plane == "shared")
+    plane = _plane(config, welcome, context, inbox, board, arenas)
     mailbox = Mailbox.attach(config.board, welcome.index) if has("mailbox") else None
-    _Worker(config, welcome, plane, board, engine).loop(_Control(control, mailbox))
+    _Worker(config, welcome, arenas, plane, board, engine).loop(_Control(control, mailbox))
     engine.close()
     plane.close()
     control.close()
@@ -74,19 +75,25 @@ def _engine(config: WorkerConfig) -> Engine:
     return KernelEngine(config.threads, config.arithmetic)
 
 
+def _arenas(config: WorkerConfig, *, shared: bool) -> Arenas:
+    virtual = config.kind == "null"
+    return Arenas(config.run_directory, config.name, limit=config.memory, shared=shared, virtual=virtual)
+
+
 def _plane(
     config: WorkerConfig,
     welcome: m.Welcome,
     context: Context,
     inbox: zmq.Socket[bytes],
     board: Board,
+    arenas: Arenas,
 ) -> Plane:
     virtual = config.kind == "null"
     if welcome.plane == "shared":
         inbox.close()
         return SignalPlane(board) if virtual else SharedPlane(board)
     outboxes = open_outboxes(context, welcome.data_endpoints, welcome.index, config.token)
-    return MessagePlane(inbox, outboxes, config.token, virtual=virtual)
+    return MessagePlane(inbox, outboxes, config.token, arenas.segments, virtual=virtual)
 
 
 class _Control:
@@ -121,19 +128,14 @@ class _Control:
 class _Worker:
     """State of a serving worker, and its answers to each kind of request."""
 
-    def __init__(self, config: WorkerConfig, welcome: m.Welcome, plane: Plane, board: Board, engine: Engine) -> None:
-        self.config, self.plane, self.engine = config, plane, engine
+    def __init__(
+        self, config: WorkerConfig, welcome: m.Welcome, arenas: Arenas, plane: Plane, board: Board, engine: Engine
+    ) -> None:
+        self.config, self.arenas, self.plane, self.engine = config, arenas, plane, engine
         self.n_workers = len(welcome.names)
-        self.arenas = Arenas(
-            config.run_directory,
-            config.name,
-            limit=config.memory,
-            shared=welcome.plane == "shared",
-            virtual=config.kind == "null",
-        )
         self.unsupported = frozenset(Op[name] for name in config.unsupported_ops)
         self.programs: dict[int, Compiled] = {}
-        self.runner = Runner(welcome.index, self.arenas, plane, board, engine)
+        self.runner = Runner(welcome.index, arenas, plane, board, engine)
         self.repeated: Compiled | None = None  # the program of the last request, when that was its step
         self.answers: dict[type, Callable[[Any, Buffers], Reply]] = {
             m.Allocate: self._allocate,

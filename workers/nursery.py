@@ -30,10 +30,14 @@ _ARGUMENTS = 45, 46  # fields of /proc/self/stat from the state on: where the co
 def main() -> None:
     """Bear the workers that stdin tells of; arguments: the run's directory, and their names."""
     directory = sys.argv[1]
-    births = from_plain(Births, json.loads(sys.stdin.buffer.readline()), "births")
+    line = sys.stdin.buffer.readline()
+    if not line:  # the coordinator died before it could say anything
+        remove_run_directory(directory)
+        os._exit(Exit.WORKER)
+    births = from_plain(Births, json.loads(line), "births")
     _end_with(births.parent, directory)
     if births.arithmetic:
-        load_kernels(births.arithmetic, lambda: _report(births.report, "compiling"))
+        load_kernels(births.arithmetic, lambda: _report(births.report, "compiling", directory))
     import workers.loop  # noqa: F401  (what all kinds of workers need)
 
     gc.collect()
@@ -45,12 +49,11 @@ def main() -> None:
 
 
 def _end_with(parent: int, directory: str) -> None:
-    """End at once when the coordinator does, whatever killed it, and everything that was started here with us."""
+    """End at once when the coordinator does, whatever killed it."""
 
     def end(*_: object) -> None:
         if os.getppid() != parent:
-            remove_run_directory(directory)
-            os.killpg(0, signal.SIGKILL)
+            _end(directory)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -59,11 +62,18 @@ def _end_with(parent: int, directory: str) -> None:
     end()  # it may be too late for the signal
 
 
-def _report(fd: int, line: str) -> None:
+def _end(directory: str) -> NoReturn:
+    """The coordinator is gone: remove what it left, and end with everything that was started here."""
+    remove_run_directory(directory)
+    os.killpg(0, signal.SIGKILL)
+    os._exit(Exit.INTERNAL)
+
+
+def _report(fd: int, line: str, directory: str) -> None:
     try:
         os.write(fd, f"{line}\n".encode())
-    except OSError:
-        os.killpg(0, signal.SIGKILL)  # nobody reads any more
+    except OSError:  # nobody reads any more
+        _end(directory)
 
 
 def _live(birth: Birth, births: Births, directory: str) -> NoReturn:
@@ -71,7 +81,8 @@ def _live(birth: Birth, births: Births, directory: str) -> NoReturn:
     try:
         os.setpgid(0, 0)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        os.write(births.report, f"born {birth.name} {os.getpid()}\n".encode())
+        with contextlib.suppress(OSError):  # the coordinator is gone: as a worker we shall see that, and clean up
+            os.write(births.report, f"born {birth.name} {os.getpid()}\n".encode())
         for source, target in ((birth.stdin, 0), (birth.log, 1), (birth.log, 2)):
             os.dup2(source, target)
         for fd in {births.report, *(fd for b in births.workers for fd in (b.stdin, b.log))}:

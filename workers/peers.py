@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import struct
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol
 
 import zmq
@@ -20,6 +20,9 @@ from protocol.sockets import Context, connect, data_socket
 
 Check = Callable[[], None]
 """Raises when received bytes were not those that were meant."""
+
+COPIED_NBYTES = 512 << 10
+"""Smaller bodies are copied when they are sent: that is quicker than to hear that ZeroMQ is through with the source."""
 
 _HEAD = struct.Struct("<16sQIIQ")  # the run's tag, step, transfer, program, bytes
 
@@ -46,7 +49,7 @@ class Plane(Protocol):
         """The shadow of a peer's arena, None where its bytes cannot change under the receiver."""
 
     def wait(self, step: int, item: Instruction) -> None:
-        """Block until the peer no longer needs the source's bytes."""
+        """Block until nobody needs the source's bytes any more: the program may write over them."""
 
     def close(self) -> None:
         """Let go of everything."""
@@ -128,17 +131,27 @@ class SignalPlane(SharedPlane):
 
 
 class MessagePlane:
-    """Any transport: bytes travel as ZeroMQ frames and are copied when sent, so a sent slot is free at once.
+    """Any transport: bytes travel as ZeroMQ frames, large ones straight out of the sender's arena.
 
-    Frames carry a tag that only this run's processes know. A frame that arrives before its turn waits here.
+    A large body is on loan until ZeroMQ has handed all of it to the system, which takes the peer's process to live but
+    not its program to get anywhere. Its frame holds on to the memory: should an arena be released or a socket be closed
+    meanwhile, nobody waits, and the pages go when the frame does. Frames carry a tag that only this run's processes
+    know. A frame that arrives before its turn waits here. `segments` are the worker's own arenas.
     """
 
     def __init__(
-        self, inbox: zmq.Socket[bytes], outboxes: Sequence[zmq.Socket[bytes] | None], token: str, *, virtual: bool
+        self,
+        inbox: zmq.Socket[bytes],
+        outboxes: Sequence[zmq.Socket[bytes] | None],
+        token: str,
+        segments: Mapping[int, sharedmem.Segment],
+        *,
+        virtual: bool,
     ) -> None:
-        self.inbox, self.outboxes, self.virtual = inbox, outboxes, virtual
+        self.inbox, self.outboxes, self.segments, self.virtual = inbox, outboxes, segments, virtual
         self.tag = hashlib.sha256(token.encode()).digest()[:16]
         self.early: dict[tuple[int, int], zmq.Frame] = {}
+        self.lent: dict[int, zmq.MessageTracker] = {}  # by transfer: what ZeroMQ may still read
 
     def open(self, arenas: Sequence[PeerArena]) -> None:
         """Nothing to map."""
@@ -150,12 +163,18 @@ class MessagePlane:
         """Sizes are checked on arrival."""
 
     def send(self, program: int, step: int, item: Instruction, base: int) -> None:
-        """Send the bytes."""
+        """Send the bytes: a copy of them, or themselves until `wait`."""
         outbox = self.outboxes[item.peer]
         assert outbox is not None, item
         head = _HEAD.pack(self.tag, step, item.transfer, program, 0 if self.virtual else item.nbytes)
-        body = b"" if self.virtual else _view(base + item.offset, item.nbytes)
-        outbox.send_multipart((head, body))
+        body = b"" if self.virtual else self.segments[item.arena].view[item.offset : item.offset + item.nbytes].data
+        if len(body) < COPIED_NBYTES:
+            outbox.send_multipart((head, body))
+            return
+        frame = zmq.Frame(body, track=True, copy=False)
+        outbox.send_multipart((head, frame))
+        assert frame.tracker is not None
+        self.lent[item.transfer] = frame.tracker
 
     def receive(self, program: int, step: int, item: Instruction, base: int, check: Check | None = None) -> None:
         """Wait for the frame and copy it into place. Raises ProtocolError when its size is not the planned one."""
@@ -170,14 +189,17 @@ class MessagePlane:
             check()
 
     def wait(self, step: int, item: Instruction) -> None:
-        """Sent bytes were copied: nothing to wait for."""
+        """Wait until ZeroMQ reads the source no more; of a peer that died, until somebody ends this process."""
+        tracker = self.lent.pop(item.transfer, None)
+        if tracker is not None:
+            tracker.wait()
 
     def shadow(self, peer: int, arena: int) -> sharedmem.Segment | None:
-        """Sent bytes were copied, and checked by the sender."""
+        """The sender has checked its bytes, and does not write over them before `wait`."""
         return None
 
     def close(self) -> None:
-        """Close the sockets."""
+        """Close the sockets; what is not sent within their linger period is dropped, and its memory let go of."""
         for socket in (self.inbox, *self.outboxes):
             if socket is not None:
                 socket.close()

@@ -32,6 +32,7 @@ from coordinator.report.text import notes, plain, printable, watched
 from coordinator.runtime.explain import explain_run
 from coordinator.runtime.fleet import Fleet
 from coordinator.runtime.generate import Prompt, Timings, check_prompt, encode_images, generate
+from coordinator.runtime.memory import Progress
 from coordinator.runtime.recording import Header, header
 from coordinator.runtime.session import Session, SessionOptions
 from protocol.errors import Exit, InputError, UsageError
@@ -88,8 +89,8 @@ def run(chosen: argparse.Namespace) -> int:
                 console.print(f"[bold]note[/]      {plain(job.note)}")
         with _progress(console, talk, "starting workers"):
             fleet.handshake()
-        with _progress(console, talk, "loading weights"):
-            session.open(fleet)
+        with _loading(console, talk) as loaded:
+            session.open(fleet, loaded)
         timings = Timings()
         pieces: list[tuple[int, str]] = []
         try:
@@ -239,6 +240,26 @@ def _progress(console: Console, talk: bool, what: str) -> Iterator[None]:
         return
     with console.status(what):
         yield
+
+
+@contextmanager
+def _loading(console: Console, talk: bool) -> Iterator[Progress]:
+    """A bar of what accelerators have copied, on terminals only; where nothing is copied it never fills."""
+    if not (talk and watched()):
+        yield lambda done, total: None
+        return
+    from rich import progress  # takes its time to import, for nothing but this
+
+    columns = (
+        progress.TextColumn("{task.description}"), progress.BarColumn(), progress.DownloadColumn(binary_units=True)
+    )  # fmt: skip
+    with progress.Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("loading weights", total=None)
+
+        def loaded(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        yield loaded
 
 
 def _process_start() -> int:

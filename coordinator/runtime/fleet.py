@@ -76,7 +76,6 @@ class Fleet:
     `doing` is what the run is at, for messages to people: "starting", "loading the model", "the vision graph".
     """
 
-    directory: str
     context: sockets.Context
     control: Control
     endpoint: str
@@ -86,6 +85,7 @@ class Fleet:
         self.topology, self.options = topology, options
         shared = options.transport == "ipc" and has("sharedmem")
         self.plane = options.plane or ("shared" if shared else "message")
+        self.directory = ""
         self.processes: list[WorkerProcess] = []
         self.doing = "starting"
         self._nursery: Nursery | None = None
@@ -304,8 +304,13 @@ class Fleet:
             raise WorkerError(f"{process.spec.name} {how} {where}" + (f"; its last words: {words}" if words else ""))
 
     def close(self, *, gently: bool = False) -> None:
-        """End every worker and remove everything the run left in the file system; gently: they may end themselves."""
+        """End every worker and remove everything the run left in the file system; gently: they may end themselves.
+
+        Files go while workers live, who finish that should we be killed meanwhile; and once more at the end, for a
+        socket that a worker may have made since.
+        """
         with Held():
+            rundir.remove_run_directory(self.directory)
             if gently:
                 self._dismiss()
             if self._nursery is not None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from bisect import bisect_right, insort
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
 from coordinator.config import Topology
 from coordinator.graph.node import Tensor
@@ -18,6 +19,12 @@ from coordinator.schedule.residents import Key, purpose_of
 from protocol import messages as m
 from protocol.errors import CapacityError
 from protocol.messages import PeerArena
+
+ROUND_NBYTES = 64 << 20
+"""What an accelerator copies between two reports of progress."""
+
+Progress = Callable[[int, int], None]
+"""Told how many bytes of how many accelerators have copied."""
 
 HANDLES = {"cross_states": 0}
 """Slot of each tensor that a graph may find where an earlier one left it (see protocol.shadow)."""
@@ -31,6 +38,10 @@ class Arena:
     path: str
     label: str
     shadow_path: str = ""
+
+
+Pieces = npt.NDArray[np.int64]
+"""[n, 3]: offset in the file, offset in an arena, bytes."""
 
 
 @dataclass(slots=True)
@@ -96,13 +107,17 @@ class Memory:
                 )
         return budgets
 
-    def load(self, residents: dict[Key, Tensor]) -> None:
-        """Map the model file where it is needed, allocate and fill weights, allocate caches. Raises as workers do."""
+    def load(self, residents: dict[Key, Tensor], progress: Progress | None = None) -> None:
+        """Map the model file where it is needed, allocate and fill weights, allocate caches. Raises as workers do.
+
+        No weight travels: workers open the file themselves and compare its digest. Accelerators copy their shares from
+        it, all at the same time.
+        """
         by_worker: list[list[Tensor]] = [[] for _ in self.devices]
         for (_, buft), tensor in residents.items():
             by_worker[self.worker_of[buft]].append(tensor)
         self._map_file([i for i, tensors in enumerate(by_worker) if any(map(_is_weight, tensors))])
-        loads = []
+        loads: list[tuple[int, int, Pieces]] = []
         for worker, tensors in enumerate(by_worker):
             for tensor in tensors:
                 if self._in_file(worker, tensor):
@@ -113,10 +128,8 @@ class Memory:
                 if share:
                     arena = self._place(worker, label, share)
                     if label == "weights":
-                        loads.append((worker, arena, share))
-        for worker, arena, share in loads:
-            self._send_load(worker, arena, share)
-        self.fleet.gather([worker for worker, _, _ in loads])
+                        loads.append((worker, arena, self._pieces(share)))
+        self._copy(loads, progress or (lambda done, total: None))
 
     def _in_file(self, worker: int, tensor: Tensor) -> bool:
         """Workers that compute in host memory use weights where the file is mapped."""
@@ -145,12 +158,26 @@ class Memory:
             insort(self.placed, (worker, arena, start))
         return arena
 
-    def _send_load(self, worker: int, arena: int, tensors: list[Tensor]) -> None:
-        pieces = [
-            (self.model.weights[t.name].offset, self.resident[_key(t)].offset, self.model.weights[t.name].nbytes)
-            for t in tensors
-        ]
-        self.fleet.send(worker, m.Load(self._files[worker], arena), (np.array(pieces, np.int64).tobytes(),))
+    def _pieces(self, tensors: list[Tensor]) -> Pieces:
+        weights = [self.model.weights[t.name] for t in tensors]
+        offsets = [self.resident[_key(t)].offset for t in tensors]
+        rows = [(weight.offset, offset, weight.nbytes) for weight, offset in zip(weights, offsets, strict=True)]
+        return np.array(rows, np.int64)
+
+    def _copy(self, loads: Sequence[tuple[int, int, Pieces]], progress: Progress) -> None:
+        """Have each worker copy its pieces into its arena, all workers at once, as many rounds as the largest needs.
+
+        A round is the same fraction of every share, so that those with less to copy do not hold up who has most.
+        """
+        sizes = [int(pieces[:, 2].sum()) for _, _, pieces in loads]
+        n_rounds, done = -(-max(sizes, default=0) // ROUND_NBYTES), 0
+        for k in range(n_rounds):
+            for (worker, arena, pieces), nbytes in zip(loads, sizes, strict=True):
+                part = cut(pieces, nbytes * k // n_rounds, nbytes * (k + 1) // n_rounds)
+                self.fleet.send(worker, m.Load(self._files[worker], arena), (part.tobytes(),))
+            answers = self.fleet.gather([worker for worker, _, _ in loads])
+            done += sum(answer.message.nbytes for answer in answers.values())
+            progress(done, sum(sizes))
 
     def allocate(self, worker: int, nbytes: int, label: str) -> int:
         """A new arena on a worker; its number."""
@@ -245,6 +272,16 @@ class SchedulerHomes:
     def may_be_empty(self, tensor: Tensor) -> bool:
         """Self-attention's caches fill up token by token; what is empty is masked."""
         return tensor.name.startswith("cache_")
+
+
+def cut(pieces: Pieces, first: int, last: int) -> Pieces:
+    """Bytes [first, last) of pieces laid end to end; those of which nothing remains are left out."""
+    ends = np.cumsum(pieces[:, 2])
+    starts = ends - pieces[:, 2]
+    skipped = np.clip(first - starts, 0, pieces[:, 2])
+    nbytes = np.clip(last, starts, ends) - starts - skipped
+    parts: Pieces = np.stack([pieces[:, 0] + skipped, pieces[:, 1] + skipped, nbytes], 1)[nbytes > 0]
+    return parts
 
 
 def _key(tensor: Tensor) -> Key:

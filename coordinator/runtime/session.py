@@ -22,7 +22,7 @@ from coordinator.ownership.violation import OwnershipError
 from coordinator.runtime.evaluate import Evaluator, Places, Shipped, StepResult
 from coordinator.runtime.fleet import Fleet
 from coordinator.runtime.inputs import Array, CrossMasks, text_inputs, vision_inputs, vision_inputs_2024
-from coordinator.runtime.memory import HANDLES, Budget, Memory
+from coordinator.runtime.memory import HANDLES, Budget, Memory, Progress
 from coordinator.runtime.one_token import OneToken
 from coordinator.runtime.quirks import Quirk, lost_image, with_leaf_caches, with_pins
 from coordinator.runtime.stopwatch import Stopwatch
@@ -176,13 +176,13 @@ class Session:
         routed = route_debug_inputs(self.options.debug, *graphs)
         self.text_debug, self.vision_debug = routed[0], routed[1] if vision is not None else ()
 
-    def open(self, fleet: Fleet) -> None:
-        """Load the model onto the workers of `fleet`. Raises what workers fail with."""
+    def open(self, fleet: Fleet, progress: Progress | None = None) -> None:
+        """Load the model onto the workers of `fleet`; `progress` is told of weights. Raises what workers fail with."""
         self.fleet = fleet
         fleet.doing = "loading the model"
         self.memory = Memory(fleet, self.topology, self.devices, self.model, shadows=self.checks)
         self.budgets = self.memory.check_budget(self.residents, [s.buffer_sizes for s in self.schedulers])
-        self.memory.load(self.residents)
+        self.memory.load(self.residents, progress)
         for number, scheduler in enumerate(self.schedulers):
             self.memory.fit_compute(number, scheduler.buffer_sizes)
         self.evaluator = Evaluator(

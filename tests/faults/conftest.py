@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 
 from coordinator.model.convert import convert
+from coordinator.model.gguf_file import open_model
+from coordinator.model.tokens import Tokenizer
 from coordinator.schedule import warm as planner
 from protocol.dtypes import DType
 from tests.faults import surgery
@@ -32,11 +34,14 @@ def long_model(model: Path) -> Path:
     path = model.with_name("long.gguf")
     reader = surgery.copy(model, path)
     surgery.set_value(reader, "mllama.context_length", 32768)
-    never = surgery.element(reader, "tokenizer.ggml.tokens", b"<|reserved_special_token_2|>")
-    for end in (b"<|eot_id|>", b"<|eom_id|>"):
+    never = surgery.element(reader, "tokenizer.ggml.tokens", b"<|image|>")  # the only one that no logit stands for
+    for end in (b"<|eot_id|>", b"<|eom_id|>", b"<|end_of_text|>"):
         surgery.rename(reader, "tokenizer.ggml.tokens", end, end.upper())
     for key in ("tokenizer.ggml.eos", "tokenizer.ggml.eot", "tokenizer.ggml.eom", "crossdock.stop"):
         surgery.set_value(reader, key + ("_token_ids" if key == "crossdock.stop" else "_token_id"), never)
+    changed = open_model(path)
+    n_logits = changed.weights["output.weight"].ne[1]
+    assert min(Tokenizer.from_metadata(changed.metadata, path.name).stop_ids) >= n_logits
     return path
 
 

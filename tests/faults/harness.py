@@ -110,9 +110,7 @@ class Job:
         UNFINISHED.discard(self)
         try:
             self.process.wait(patience_s)
-            deadline = time.monotonic() + GONE_S
-            while (left := self.leftovers(may_stay)) and time.monotonic() < deadline:
-                time.sleep(0.005)
+            left = self._outliving(may_stay)
             return Result(self.process.returncode, self.stdout(), self.stderr(), left)
         finally:
             for pid in members(self.pid):
@@ -122,10 +120,27 @@ class Job:
             self.err.close()
             shutil.rmtree(self.tmp, ignore_errors=True)
 
+    def _outliving(self, may_stay: str) -> list[str]:
+        """What is left when its processes have had their time. Our own may be taken away in the middle of a look: only
+        one that began when time was up says that something has stayed."""
+        deadline = time.monotonic() + GONE_S
+        while True:
+            late = time.monotonic() > deadline
+            left = self.leftovers(may_stay)
+            if late or not left:
+                return left
+            time.sleep(0.005)
+
     def leftovers(self, may_stay: str = "") -> list[str]:
-        """Processes of the session (its leader aside) and files under the temporary directory."""
-        files = [str(path) for path in Path(self.tmp).rglob("*") if not (may_stay and may_stay in str(path))]
-        return [f"process {pid}" for pid in members(self.pid) if pid != self.pid] + files
+        """Processes of the session (its leader aside) and files under the temporary directory.
+
+        Processes first: a file that is there when the last of them is gone will never be removed, but one that was
+        there before may have been what the last process was removing.
+        """
+        processes = [f"process {pid}" for pid in members(self.pid) if pid != self.pid]
+        tree = os.walk(self.tmp)  # it does not mind what vanishes meanwhile
+        paths = [f"{folder}/{name}" for folder, folders, files in tree for name in (*folders, *files)]
+        return processes + [path for path in paths if not (may_stay and may_stay in path)]
 
 
 UNFINISHED: set[Job] = set()

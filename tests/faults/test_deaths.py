@@ -110,18 +110,20 @@ def test_stopped_worker(long_model: Path) -> None:
 @SLOW
 def test_stopped_worker_dies_with_its_coordinator(long_model: Path) -> None:
     job = Job(decoding(long_model))
-    job.wait_until(lambda: is_decoding(job))
+    assert job.wait_until(lambda: is_decoding(job))
     stopped = list(job.workers().values())
     for worker in stopped:
         os.kill(worker, signal.SIGSTOP)
-    job.wait_until(lambda: all(is_stopped(worker) for worker in stopped))
+    assert job.wait_until(lambda: all(is_stopped(worker) for worker in stopped))
     os.kill(job.pid, signal.SIGKILL)
     assert job.finish().leftovers == []
 
 
 def is_stopped(pid: int) -> bool:
-    """A signal takes a moment to stop a process with several threads."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    """A signal takes a moment to stop a process with several threads, and until the last of them has stopped the system
+    does not care whether its parent dies."""
+    threads = Path(f"/proc/{pid}/task").glob("*/stat")
+    return {thread.read_text().rpartition(")")[2].split()[0] for thread in threads} == {"T"}
 
 
 @SLOW

@@ -26,7 +26,8 @@ from tests.ownership.lease_parts import Faults, Homes, Job, Message, Part, Viola
 class Cluster:
     """Workers, their memory, the board, messages under way, and the coordinator that plans for them.
 
-    `plane` is `shared` (a receiver copies out of the sender's arena) or `message` (bytes are copied when sent).
+    `plane` is `shared` (a receiver copies out of the sender's arena), `message` (bytes are copied when sent) or `lent`
+    (messages, whose bytes are read when they are delivered: until then the slot is on loan).
     """
 
     def __init__(self, devices: Sequence[Device], plane: str, seed: int, faults: Faults) -> None:
@@ -98,6 +99,7 @@ class Cluster:
             return False
         message = wire.popleft()
         self.workers[link[1]].early[message.step, message.transfer] = message.value()
+        self.loans.pop((message.step, message.transfer), None)
         return True
 
     def finish(self, order: Callable[[int], Sequence[int]] = range) -> None:
@@ -114,7 +116,7 @@ class Cluster:
             if not moved:
                 waiting = [k for k, worker in enumerate(self.workers) if worker.jobs]
                 raise Violation(f"workers {waiting} wait for each other in steps {self._steps()}")
-        if left := [key for key in self.loans if self.plane == "shared"]:
+        if left := list(self.loans):
             raise Violation(f"loans that never came back: {left}")
 
     def _steps(self) -> list[int]:
@@ -140,6 +142,8 @@ class Cluster:
                 yield from self._receive(index, item, job.step)
             elif self.plane == "shared":
                 yield lambda item=item: self._rung(self.acknowledged, item.transfer, job.step)
+            elif self.plane == "lent" and not self.faults.send_late:
+                yield lambda item=item: (job.step, item.transfer) not in self.loans
         for (step, transfer), (lender, _) in self.loans.items():
             if lender == index and step == job.step and self.faults.watch_loans:
                 raise Violation(f"worker {index} ends step {step} with transfer {transfer} on loan")
@@ -152,9 +156,10 @@ class Cluster:
         return words.get(transfer) == step or (self.faults.any_step and words.get(transfer, 0) > 0)
 
     def _send(self, index: int, item: Instruction, step: int) -> None:
+        if self.plane != "message":
+            self.loans[step, item.transfer] = (index, item)
         if self.plane == "shared":
             self.published[item.transfer] = step
-            self.loans[step, item.transfer] = (index, item)
             return
         arena, span = self.memory[index, item.arena], slice(item.offset, item.offset + item.nbytes)
 
@@ -162,11 +167,11 @@ class Cluster:
             return Value(arena.data[span].copy(), arena.who[span].copy())
 
         value = fetch()
-        late = fetch if self.faults.send_late else lambda: value
+        late = fetch if self.plane == "lent" else lambda: value
         self.wires.setdefault((index, item.peer), deque()).append(Message(step, item.transfer, late))
 
     def _receive(self, index: int, item: Instruction, step: int) -> Part:
-        if self.plane == "message":
+        if self.plane != "shared":
             early = self.workers[index].early
             yield lambda: (step, item.transfer) in early
             value = early.pop((step, item.transfer))

@@ -29,7 +29,7 @@ class Faults:
 
     acknowledge_early: bool = False  # before the copy is made
     acknowledge_half: bool = False  # in the middle of it
-    send_late: bool = False  # a message's bytes are taken when it is delivered, not when it is sent
+    send_late: bool = False  # nobody waits until a message's bytes were taken
     any_step: bool = False  # a doorbell of an earlier step counts
     watch_loans: bool = True  # report writes to lent bytes at once, without waiting for a wrong read
 
@@ -46,7 +46,7 @@ class Job:
 
 @dataclass(slots=True)
 class Message:
-    """Bytes under way; a faulty sender's are fetched when it arrives."""
+    """Bytes under way; those on loan are fetched when it arrives."""
 
     step: int
     transfer: int

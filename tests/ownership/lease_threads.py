@@ -37,6 +37,7 @@ class Naps:
     longest_s: float = 0.0
     before_copy_s: dict[int, float] = field(default_factory=dict)  # by transfer, besides
     before_run_s: float = 0.0
+    before_post_s: float = 0.0
 
     def nap(self) -> None:
         if self.longest_s and self.rng.random() < 0.2:
@@ -114,17 +115,42 @@ class SlowMessages(MessagePlane):
         super().receive(program, step, item, base, check)
 
 
+class LateOutbox:
+    """A PUSH socket that hands frames to ZeroMQ later, in order: those that were not copied are read only then."""
+
+    def __init__(self, socket: zmq.Socket[bytes], naps: Naps) -> None:
+        self.socket, self.naps = socket, naps
+        self.posts: queue.Queue[tuple[bytes, bytes | zmq.Frame] | None] = queue.Queue()
+        self.thread = threading.Thread(target=self._work, daemon=True)
+        self.thread.start()
+
+    def send_multipart(self, parts: tuple[bytes, memoryview | zmq.Frame]) -> None:
+        head, body = parts
+        self.posts.put((head, body if isinstance(body, zmq.Frame) else bytes(body)))
+
+    def _work(self) -> None:
+        while (parts := self.posts.get()) is not None:
+            time.sleep(self.naps.before_post_s)
+            self.naps.nap()
+            self.socket.send_multipart(parts)
+            parts = None  # the last reference to a frame keeps its loan out
+
+    def close(self) -> None:
+        self.posts.put(None)
+        self.thread.join(PATIENCE_S)
+        self.socket.close()
+
+
 class Threads:
     """One thread per worker of a `Cluster`, which plans for them. Use `threads_of`."""
 
-    def __init__(self, cluster: Cluster, directory: str, planes: Sequence[Plane], naps: Sequence[Naps], board: Board):
-        self.cluster, self.naps, self.board = cluster, naps, board
+    def __init__(
+        self, cluster: Cluster, arenas: Sequence[Arenas], planes: Sequence[Plane], naps: Sequence[Naps], board: Board
+    ):
+        self.cluster, self.arenas, self.planes, self.naps, self.board = cluster, arenas, planes, naps, board
         n = len(cluster.workers)
-        shared = isinstance(planes[0], SharedPlane)
-        self.arenas = [Arenas(directory, f"w{k}", limit=None, shared=shared, virtual=False) for k in range(n)]
-        self.planes = planes
         self.engines = [TinyEngine(naps[k]) for k in range(n)]
-        self.runners = [Runner(k, self.arenas[k], planes[k], board, self.engines[k]) for k in range(n)]
+        self.runners = [Runner(k, arenas[k], planes[k], board, self.engines[k]) for k in range(n)]
         self.jobs: list[queue.Queue[tuple[Compiled, int, Meant] | None]] = [queue.Queue() for _ in range(n)]
         self.answers: queue.Queue[tuple[int, dict[str, bytes]]] = queue.Queue()
         self.threads = [threading.Thread(target=self._work, args=(k,), daemon=True) for k in range(n)]
@@ -243,27 +269,32 @@ def threads_of(cluster: Cluster, directory: str, seed: int, *, early: bool = Fal
     with ExitStack() as stack:
         board = Board.create(directory)
         stack.callback(board.segment.close)
+        shared = cluster.plane == "shared"
+        arenas = [Arenas(directory, f"w{k}", limit=None, shared=shared, virtual=False) for k in range(n)]
         planes: list[Plane]
-        if cluster.plane == "shared":
+        if shared:
             planes = [SlowShared(board, naps[k], early) for k in range(n)]
         else:
             context = sockets.new_context()
             stack.callback(context.term)
-            planes = list(_message_planes(context, directory, naps))
-        threads = Threads(cluster, directory, planes, naps, board)
+            planes = list(_message_planes(context, directory, naps, arenas))
+        threads = Threads(cluster, arenas, planes, naps, board)
         stack.callback(threads.close)
         yield threads
 
 
-def _message_planes(context: sockets.Context, directory: str, naps: Sequence[Naps]) -> Iterator[SlowMessages]:
+def _message_planes(
+    context: sockets.Context, directory: str, naps: Sequence[Naps], arenas: Sequence[Arenas]
+) -> Iterator[SlowMessages]:
     inboxes = [sockets.data_socket(context, zmq.PULL) for _ in naps]
     endpoints = [sockets.bind(inbox, "ipc", directory, f"w{k}") for k, inbox in enumerate(inboxes)]
     for k, inbox in enumerate(inboxes):
         outboxes: list[zmq.Socket[bytes] | None] = []
         for other, endpoint in enumerate(endpoints):
             outboxes.append(None if other == k else sockets.data_socket(context, zmq.PUSH))
-            if outboxes[-1] is not None:
-                sockets.connect(outboxes[-1], endpoint, "")
-        plane = SlowMessages(inbox, outboxes, TOKEN, virtual=False)
+            if (outbox := outboxes[-1]) is not None:
+                sockets.connect(outbox, endpoint, "")
+                outboxes[-1] = LateOutbox(outbox, naps[k])  # type: ignore[call-overload]
+        plane = SlowMessages(inbox, outboxes, TOKEN, arenas[k].segments, virtual=False)
         plane.naps = naps[k]
         yield plane

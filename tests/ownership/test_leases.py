@@ -7,6 +7,7 @@ draws. What each operation reads is compared with one sequential evaluation: the
 import os
 import random
 from collections.abc import Callable
+from itertools import product
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
@@ -41,7 +42,7 @@ LONGER = int(os.environ.get("CROSSDOCK_TEST_EXAMPLES", "1"))
 
 QUIET = list(HealthCheck)
 SEEDS = st.integers(0, 1 << 32)
-PLANES = ("shared", "message")
+PLANES = ("shared", "message", "lent")
 SOUND = Faults()
 
 
@@ -64,7 +65,7 @@ class Leases(RuleBasedStateMachine):
 
     faults = SOUND
     change = staticmethod(same)
-    only = ""  # a plane, "" for both
+    only = ""  # a plane, "" for all
 
     @initialize(seed=SEEDS, plane=st.sampled_from(PLANES))
     def start(self, seed: int, plane: str) -> None:
@@ -191,7 +192,7 @@ SHADOW = "should be by"
         ("shared", Faults(acknowledge_early=True, watch_loans=False)),
         ("shared", Faults(acknowledge_half=True, watch_loans=False)),
         ("shared", Faults(any_step=True, watch_loans=False)),
-        ("message", Faults(send_late=True)),
+        ("lent", Faults(send_late=True, watch_loans=False)),
     ],
 )
 def test_worse_workers_are_caught_by_what_they_read(plane: str, fault: Faults) -> None:
@@ -207,17 +208,17 @@ def early(lowered: Lowered) -> Lowered | None:
 
 @pytest.mark.parametrize("watch", [True, False])
 def test_publishing_too_early_is_caught(watch: bool) -> None:
-    """On both planes, and, by the shared one, from the loan itself or from what is read."""
+    """On all planes, and, where bytes are lent, from the loan itself or from what is read."""
     for plane in PLANES:
-        words = "on loan" if watch and plane == "shared" else SHADOW
+        words = "on loan" if watch and plane != "message" else SHADOW
         assert any(words in str(caught(seed, plane, Faults(watch_loans=watch), early)) for seed in range(12))
 
 
 def test_ending_with_loans_out_is_caught() -> None:
     """At once; and when nobody looks, by the next step, which overwrites what a slow peer has not taken."""
-    for watch, steps, words in ((True, 1, "ends step"), (False, 2, SHADOW)):
+    for plane, (watch, steps, words) in product(("shared", "lent"), ((True, 1, "ends step"), (False, 2, SHADOW))):
         faults = Faults(watch_loans=watch)
-        assert any(words in str(caught(seed, "shared", faults, without_final_waits, steps)) for seed in range(12))
+        assert any(words in str(caught(seed, plane, faults, without_final_waits, steps)) for seed in range(12))
 
 
 def first_needed_wait(lowered: Lowered) -> Lowered | None:
@@ -234,7 +235,9 @@ def first_needed_wait(lowered: Lowered) -> Lowered | None:
         ("shared", Faults(acknowledge_early=True), same),
         ("shared", Faults(acknowledge_half=True), same),
         ("shared", Faults(any_step=True), same),
-        ("message", Faults(send_late=True), same),
+        ("lent", Faults(), first_needed_wait),
+        ("lent", Faults(), without_final_waits),
+        ("lent", Faults(send_late=True), same),
     ],
 )
 def test_the_state_machine_can_fail(plane: str, faults: Faults, change: Callable[[Lowered], Lowered | None]) -> None:
@@ -331,4 +334,5 @@ def overlapping(seed: int, plane: str) -> Violation | None:
 def test_steps_of_two_programs_must_not_overlap_on_one_board() -> None:
     """Programs share doorbells: the coordinator awaits every answer before it starts another program."""
     assert any("wait for each other" in str(overlapping(seed, "shared")) for seed in range(60))
-    assert not any(overlapping(seed, "message") for seed in range(10))  # messages carry their step
+    for plane in ("message", "lent"):
+        assert not any(overlapping(seed, plane) for seed in range(10))  # messages carry their step

@@ -23,6 +23,7 @@ from tests.ownership.lease_graphs import random_graph
 from tests.ownership.lease_mutations import Place, dropped, instructions, without_final_waits
 from tests.ownership.lease_threads import in_pieces, threads_of
 from tests.ownership.test_leases import LONGER, PLANES, cluster_of, early, program, refusal, same
+from workers import peers
 
 
 @pytest.fixture
@@ -31,10 +32,13 @@ def directory() -> Iterator[str]:
         yield path
 
 
-@pytest.mark.parametrize("plane", PLANES)
+@pytest.mark.parametrize("plane", sorted({*PLANES, "lent"}))
 @pytest.mark.parametrize("seed", range(4 * LONGER))
 def test_real_planes_with_naps(plane: str, seed: int, directory: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    cluster, rng = cluster_of(seed, plane)
+    """`lent`: messages of which none is copied."""
+    if plane == "lent":
+        monkeypatch.setattr(peers, "COPIED_NBYTES", 0)
+    cluster, rng = cluster_of(seed, "message" if plane == "lent" else plane)
     with threads_of(cluster, directory, seed) as threads:
         for naps in threads.naps:
             naps.longest_s = 0.004
@@ -96,6 +100,27 @@ def needed_waits(seed: int) -> list[tuple[Place, int]]:
     last = len(lowered.plan.splits)
     rows = [(place, item.transfer) for place, item in instructions(lowered, Kind.WAIT) if item.split < last]
     return [row for row in rows if refusal(dropped(lowered, row[0]))]
+
+
+def lent(seed: int, directory: str) -> list[str]:
+    """Outputs with wrong bytes of two steps on the message plane, its frames handed over late."""
+    cluster, rng = cluster_of(seed, "message")
+    lowered = program(cluster, rng)
+    with threads_of(cluster, tempfile.mkdtemp(dir=directory), seed) as threads:
+        for naps in threads.naps:
+            naps.before_post_s = 0.005
+        return threads.run(lowered, threads.ship(lowered), steps=2)
+
+
+def test_a_message_on_loan_needs_its_wait(directory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a copied body survives a plane that does not wait."""
+    monkeypatch.setattr(peers.MessagePlane, "wait", lambda *_: None)
+    assert not any(lent(seed, directory) for seed in range(3))
+    monkeypatch.setattr(peers, "COPIED_NBYTES", 0)
+    assert any(lent(seed, directory) for seed in range(20))
+    monkeypatch.undo()
+    monkeypatch.setattr(peers, "COPIED_NBYTES", 0)
+    assert not any(lent(seed, directory) for seed in range(3))
 
 
 # ---- processes

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import tempfile
 import threading
-from collections.abc import Iterator
+import time
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -16,11 +18,13 @@ from protocol.board import Board
 from protocol.errors import ProtocolError
 from protocol.messages import PeerArena
 from protocol.program import Instruction, Kind
-from workers.peers import MessagePlane, SharedPlane
+from workers.arena import Arenas
+from workers.peers import COPIED_NBYTES, MessagePlane, SharedPlane
 
 LATE_S = 30.0
 SOON_S = 0.05
 NBYTES = 64
+LARGE, N_LARGE = 4 << 20, 8
 
 
 @pytest.fixture
@@ -92,69 +96,181 @@ def test_a_receiver_copies_between_publication_and_acknowledgement(directory: st
 
 # ---- messages
 
+ARENA, SLOT = 1, 2  # where bytes are sent from, and where they are received
+
 
 class Mail:
-    """A receiver, and two senders: a peer of the run and one of another run."""
+    """A receiver, and two senders, a peer of the run and one of another run; all have the same arenas.
+
+    Until `open` nobody takes anything: what is sent waits within ZeroMQ.
+    """
 
     def __init__(self, directory: str) -> None:
-        self.context = sockets.new_context()
+        self.context, self.directory = sockets.new_context(), directory
+        self.arenas = Arenas(directory, "w", limit=None, shared=False, virtual=False)
+        for arena in (ARENA, SLOT):
+            self.arenas.allocate(arena, N_LARGE * LARGE, "arena")
+        self.data, self.slot = (self.arenas.segments[arena].view for arena in (ARENA, SLOT))
         self.inbox = sockets.data_socket(self.context, zmq.PULL)
-        endpoint = sockets.bind(self.inbox, "ipc", directory, "inbox")
-        self.data = np.zeros(2 * NBYTES, np.uint8)
-        self.receiver = MessagePlane(self.inbox, [None], "ours", virtual=False)
-        self.peer, self.stranger = self._sender(endpoint, "ours"), self._sender(endpoint, "theirs")
+        self.inbox.setsockopt(zmq.RCVTIMEO, int(LATE_S * 1000))
+        self.receiver = MessagePlane(self.inbox, [None], "ours", self.arenas.segments, virtual=False)
+        self.peer, self.stranger = self._sender("ours"), self._sender("theirs")
 
-    def _sender(self, endpoint: str, token: str) -> MessagePlane:
+    def open(self) -> None:
+        """From now on messages arrive."""
+        assert sockets.bind(self.inbox, "ipc", self.directory, "inbox") == self._endpoint
+
+    @property
+    def _endpoint(self) -> str:
+        return f"ipc://{self.directory}/inbox.sock"
+
+    def _sender(self, token: str) -> MessagePlane:
         outbox = sockets.data_socket(self.context, zmq.PUSH)
-        sockets.connect(outbox, endpoint, "")
+        sockets.connect(outbox, self._endpoint, "")
         idle = sockets.data_socket(self.context, zmq.PULL)
-        return MessagePlane(idle, [outbox], token, virtual=False)
+        return MessagePlane(idle, [outbox], token, self.arenas.segments, virtual=False)
 
-    def send(self, plane: MessagePlane, step: int, transfer: int, value: int, nbytes: int = NBYTES) -> None:
-        self.data[:NBYTES] = value
-        plane.send(0, step, Instruction(Kind.SEND, transfer, 0, 0, 1, 0, nbytes), int(self.data.ctypes.data))
-        self.data[:NBYTES] = 0  # a sent slot is free at once
+    def send(self, plane: MessagePlane, step: int, transfer: int, value: int, nbytes: int = NBYTES) -> Instruction:
+        """Large ones each from a place of their own, by transfer."""
+        item = Instruction(Kind.SEND, transfer, 0, 0, ARENA, transfer * LARGE, nbytes)
+        self.data[item.offset : item.offset + nbytes] = value
+        plane.send(0, step, item, 0)
+        return item
 
-    def receive(self, step: int, transfer: int) -> int:
-        item = Instruction(Kind.RECV, transfer, 0, 0, 1, NBYTES, NBYTES, (2, 0))
-        self.inbox.setsockopt(zmq.RCVTIMEO, int(SOON_S * 1000))
-        self.receiver.receive(0, step, item, int(self.data.ctypes.data))
-        (value,) = set(self.data[NBYTES:].tolist())
+    def send_small(self, plane: MessagePlane, step: int, transfer: int, value: int, nbytes: int = NBYTES) -> None:
+        item = self.send(plane, step, transfer, value, nbytes)
+        self.data[item.offset : item.offset + nbytes] = 0  # a small slot is free at once
+        plane.wait(step, item)
+
+    def receive(self, step: int, transfer: int, nbytes: int = NBYTES) -> int:
+        item = Instruction(Kind.RECV, transfer, 0, 0, SLOT, 0, nbytes, (ARENA, 0))
+        self.receiver.receive(0, step, item, int(self.slot.ctypes.data))
+        (value,) = set(self.slot[:nbytes].tolist())
         return int(value)
+
+    def close(self) -> None:
+        for plane in (self.receiver, self.peer, self.stranger):
+            plane.close()
+        self.context.term()
 
 
 @pytest.fixture
-def mail(directory: str) -> Iterator[Mail]:
+def held(directory: str) -> Iterator[Mail]:
     made = Mail(directory)
     yield made
-    for plane in (made.receiver, made.peer, made.stranger):
-        plane.close()
-    made.context.term()
+    made.close()
+
+
+@pytest.fixture
+def mail(held: Mail) -> Mail:
+    held.open()
+    return held
 
 
 def test_messages_wait_for_their_step_and_transfer(mail: Mail) -> None:
     for step, transfer in ((3, 1), (4, 0), (3, 0), (4, 1)):
-        mail.send(mail.peer, step, transfer, 10 * step + transfer)
+        mail.send_small(mail.peer, step, transfer, 10 * step + transfer)
     assert [mail.receive(3, 0), mail.receive(3, 1), mail.receive(4, 1), mail.receive(4, 0)] == [30, 31, 41, 40]
 
 
-def test_messages_of_an_earlier_step_are_dropped(mail: Mail) -> None:
-    mail.send(mail.peer, 2, 0, 99)
+def nothing_comes(mail: Mail) -> None:
+    mail.inbox.setsockopt(zmq.RCVTIMEO, int(SOON_S * 1000))
     with pytest.raises(zmq.Again):
         mail.receive(3, 0)
-    mail.send(mail.peer, 3, 0, 30)
+    mail.inbox.setsockopt(zmq.RCVTIMEO, int(LATE_S * 1000))
+
+
+def test_messages_of_an_earlier_step_are_dropped(mail: Mail) -> None:
+    mail.send_small(mail.peer, 2, 0, 99)
+    nothing_comes(mail)
+    mail.send_small(mail.peer, 3, 0, 30)
     assert mail.receive(3, 0) == 30
 
 
 def test_messages_of_another_run_are_dropped(mail: Mail) -> None:
-    mail.send(mail.stranger, 3, 0, 99)
-    with pytest.raises(zmq.Again):
-        mail.receive(3, 0)
-    mail.send(mail.peer, 3, 0, 30)
+    mail.send_small(mail.stranger, 3, 0, 99)
+    nothing_comes(mail)
+    mail.send_small(mail.peer, 3, 0, 30)
     assert mail.receive(3, 0) == 30
 
 
 def test_message_of_another_size_is_refused(mail: Mail) -> None:
-    mail.send(mail.peer, 3, 0, 1, nbytes=NBYTES - 1)
+    mail.send_small(mail.peer, 3, 0, 1, nbytes=NBYTES - 1)
     with pytest.raises(ProtocolError, match="transfer 0: expected 64 bytes, got 63"):
         mail.receive(3, 0)
+
+
+# ---- messages that are read where they lie
+
+
+def test_a_large_body_is_not_copied_by_its_sender(held: Mail) -> None:
+    """What is written into it while ZeroMQ holds it back arrives, and `wait` returns no sooner than it was read."""
+    item = held.send(held.peer, 3, 0, 1, LARGE)
+    with background(held.peer.wait, 3, item) as waiting:
+        waiting.join(SOON_S)
+        assert waiting.is_alive()
+        held.data[:LARGE] = 2
+        held.open()
+        assert held.receive(3, 0, LARGE) == 2
+
+
+def test_a_small_body_is_copied(held: Mail) -> None:
+    item = held.send(held.peer, 3, 0, 1, COPIED_NBYTES - 1)
+    held.peer.wait(3, item)
+    held.data[:COPIED_NBYTES] = 2
+    held.open()
+    assert held.receive(3, 0, COPIED_NBYTES - 1) == 1
+
+
+@pytest.mark.parametrize("nbytes", [COPIED_NBYTES - 1, COPIED_NBYTES, LARGE])
+def test_a_slot_may_be_overwritten_after_the_wait(mail: Mail, nbytes: int) -> None:
+    """Again and again, while the peer's program has not looked at any message yet."""
+    for step in range(1, N_LARGE + 1):
+        item = mail.send(mail.peer, step, 0, step, nbytes)
+        mail.peer.wait(step, item)
+        mail.data[:nbytes] = 99
+    assert [mail.receive(step, 0, nbytes) for step in range(1, N_LARGE + 1)] == [*range(1, N_LARGE + 1)]
+
+
+def test_many_loans_at_once(held: Mail) -> None:
+    """They come back in another order than they were given, and a wait for one is none for another."""
+    items = [held.send(held.peer, 3, transfer, 10 + transfer, LARGE) for transfer in range(N_LARGE)]
+    held.open()
+    for item in reversed(items):
+        held.peer.wait(3, item)
+        held.data[item.offset : item.offset + LARGE] = 0
+    order = [5, 0, 7, 1, 2, 6, 4, 3]
+    assert [held.receive(3, transfer, LARGE) for transfer in order] == [10 + transfer for transfer in order]
+    assert not held.peer.lent
+
+
+def test_an_arena_is_given_back_while_it_is_read(held: Mail) -> None:
+    """Nobody waits, and the bytes go when they were sent; what is left unsent goes with the sockets."""
+    held.send(held.peer, 3, 0, 7, LARGE)
+    memory = weakref.ref(held.data.base)
+    held.data = np.empty(0, np.uint8)
+    held.arenas.release(ARENA)
+    assert memory() is not None
+    held.open()
+    assert held.receive(3, 0, LARGE) == 7
+    assert comes_true(lambda: memory() is None)
+
+
+def test_closing_with_loans_out(held: Mail) -> None:
+    """To a peer that is not there; the fixture closes sockets and context, and must come to an end."""
+    memory = weakref.ref(held.data.base)
+    for transfer in range(N_LARGE):
+        held.send(held.peer, 3, transfer, 7, LARGE)
+    held.data = np.empty(0, np.uint8)
+    began = time.monotonic()
+    held.close()
+    assert time.monotonic() - began < LATE_S / 3
+    held.arenas.release(ARENA)
+    assert comes_true(lambda: memory() is None)
+
+
+def comes_true(condition: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + LATE_S
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return condition()

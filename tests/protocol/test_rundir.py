@@ -48,3 +48,19 @@ def test_nothing_else_is_touched(base: Path) -> None:
     assert alive.exists()
     assert all(path.exists() for path in others)
     rundir.remove_run_directory(str(alive))
+
+
+def test_what_appears_meanwhile_is_removed_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that binds its socket while another one removes the directory."""
+    path = rundir.run_directory()
+    rmdir, late = os.rmdir, [f"{path}/one.sock", f"{path}/two.sock"]
+
+    def slow(name: str, *, dir_fd: int | None = None) -> None:
+        if late:
+            Path(late.pop()).touch()
+        rmdir(name, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "rmdir", slow)
+    rundir.remove_run_directory(path)
+    assert not late
+    assert not os.path.exists(path)

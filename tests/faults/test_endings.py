@@ -1,0 +1,75 @@
+"""Processes that are ended while they end: whoever is left removes the run's files."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.faults.harness import PATIENCE_S, Job, end_unfinished
+
+pytestmark = pytest.mark.usefixtures("warm")
+
+
+@pytest.fixture(autouse=True)
+def _tidy() -> Iterator[None]:
+    yield
+    end_unfinished()
+
+
+KILLED = """
+import os, signal
+from coordinator.runtime import {module} as module
+module.{what} = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+from coordinator.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "what"),
+    [("fleet", "Fleet._dismiss"), ("process", "WorkerProcess.kill"), ("process", "WorkerProcess.reap")],
+)
+def test_coordinator_killed_while_it_ends_its_workers(module: str, what: str, model: Path) -> None:
+    """Before it says so, when all of them have ended by themselves, and when it has killed them."""
+    command = [sys.executable, "-c", KILLED.format(module=module, what=what)]
+    result = Job(["run", "-m", model, "-p", "hello", "-n", 1, "-q"], command=command).finish()
+    assert result.stdout
+    assert (result.status, result.stderr, result.leftovers) == (-9, "", [])
+
+
+BLIND = """
+import threading
+threading.Thread.start = lambda self: None  # the watch is too slow
+from workers.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("gone", [True, False])
+def test_worker_that_fails_since_its_coordinator_is_gone(gone: bool, tmp_path: Path) -> None:
+    """It must not end before the files are removed; those of a coordinator that lives are not its own."""
+    directory = tmp_path / "crossdock-run-abc"
+    directory.mkdir(mode=0o700)
+    (directory / "null0.log").touch()
+    configuration = {
+        "name": "null0", "incarnation": 0, "kind": "null", "memory": None, "threads": 1, "unsupported_ops": [],
+        "arithmetic": "exact", "transport": "ipc", "plane": "shared", "board": "", "token": "t",
+        "endpoint": "gone", "run_directory": str(directory),
+    }  # fmt: skip
+    command = [sys.executable, "-P", "-c", BLIND, str(directory), "null0"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as worker:
+        assert worker.stdin is not None
+        assert worker.stderr is not None
+        worker.stdin.write(json.dumps(configuration).encode() + b"\n")
+        worker.stdin.flush()
+        if gone:
+            worker.stdin.close()
+        assert b"cannot connect to 'gone'" in worker.stderr.read()
+        assert worker.wait(PATIENCE_S) == 6
+    assert os.path.exists(directory) != gone
