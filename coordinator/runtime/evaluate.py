@@ -13,7 +13,8 @@ import numpy as np
 from coordinator.graph.node import Graph
 from coordinator.ownership.expect import WorkerExpectations, expect
 from coordinator.ownership.violation import OwnershipError, tell
-from coordinator.runtime.fleet import Fleet, Violation
+from coordinator.runtime.awaited import Violation
+from coordinator.runtime.fleet import Fleet
 from coordinator.runtime.inputs import Array
 from coordinator.runtime.memory import Memory
 from coordinator.runtime.quirks import unwritten

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any, NoReturn
 import zmq
 
 from coordinator.config import Topology, WorkerSpec
+from coordinator.runtime.awaited import Awaited
 from coordinator.runtime.control import Control, Letter
 from coordinator.runtime.handshake import check_hello
 from coordinator.runtime.nursery import Nursery
@@ -46,14 +46,6 @@ class FleetOptions:
     plane: str | None = None
     stall_timeout_s: float = STALL_TIMEOUT_S
     arithmetic: str = "exact"
-
-
-class Violation(CrossdockError):  # noqa: N818  (what strict ownership looks for)
-    """A worker has met bytes that are not what the program expects (strict ownership)."""
-
-    def __init__(self, worker: int, report: m.Violated) -> None:
-        super().__init__(f"strict ownership has ended the run in step {report.step}")
-        self.worker, self.report = worker, report
 
 
 class _Whole:
@@ -95,7 +87,7 @@ class Fleet:
         self.step_numbers = itertools.count(1)
         self._token = sockets.new_token()
         self._identities = [sockets.identity(name, 0, self._token) for name in topology.names]
-        self._expected: list[deque[type]] = [deque() for _ in topology.names]
+        self._awaited = Awaited(topology.names)
         self._stack = ExitStack()
         self._broken = ""
         self._whole = _Whole(self)
@@ -185,9 +177,7 @@ class Fleet:
         if self._broken:
             raise WorkerError(f"this run has ended: {self._broken}")
         self._send(worker, message, buffers)
-        answer = m.ANSWERS.get(type(message))
-        if answer is not None:
-            self._expected[worker].append(answer)
+        self._awaited.expect(worker, m.ANSWERS.get(type(message)))
 
     def send_step(self, worker: int, record: StepRecord) -> None:
         """As `send`, of a step that was written in place."""
@@ -197,7 +187,7 @@ class Fleet:
             self.control.send_step(worker, record)
         except zmq.ZMQError as error:
             self._unreachable(worker, error)
-        self._expected[worker].append(m.Done)
+        self._awaited.expect(worker, m.Done)
 
     def _send(self, worker: int, message: Any, buffers: Sequence[Buffer] = (), *, handshake: bool = False) -> None:
         try:
@@ -245,29 +235,12 @@ class Fleet:
         answers: dict[int, Envelope] = {}
         while missing:
             worker, letter = self._receive(missing, None)
-            envelope = self._answer(worker, letter)
+            envelope = self._awaited.take(worker, letter)
             if worker not in missing:
                 raise ProtocolError(f"{self.topology.names[worker]}: answered twice, or to nothing")
             missing.remove(worker)
             answers[worker] = envelope
         return answers
-
-    def _answer(self, worker: int, letter: Letter) -> Envelope:
-        """The answer. Raises what it says when it is `Failed`, ProtocolError when it is not the next one."""
-        awaited = self._expected[worker]
-        try:
-            envelope = letter()
-        except ProtocolError as error:
-            raise ProtocolError(f"{self.topology.names[worker]}: {error}") from None
-        expected = awaited.popleft() if awaited else None
-        if type(envelope.message) is expected:
-            return envelope
-        if isinstance(envelope.message, m.Failed):
-            raise envelope.message.error()
-        if isinstance(envelope.message, m.Violated) and expected is m.Done:
-            raise Violation(worker, envelope.message)
-        wanted, name = expected.__name__ if expected else "nothing", self.topology.names[worker]
-        raise ProtocolError(f"{name}: expected {wanted}, got {type(envelope.message).__name__}")
 
     def _receive(self, awaited: Sequence[int], deadline: float | None) -> tuple[int, Letter]:
         """The next message, while all workers live, somebody gets on, and the deadline has not passed."""
