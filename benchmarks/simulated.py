@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 
 from benchmarks.measure import Row, quartiles
 from benchmarks.models import model_file
 from benchmarks.rivals import tokens
+from benchmarks.seen import Pair, Placement, Seen
 from coordinator.cli.calibrate import Calibrator, Measured, fitted, write
 from coordinator.cli.calibrate_measure import Effort, Raw
-from coordinator.cli.calibrate_rig import ProcessorTime, Timed
+from coordinator.cli.calibrate_rig import Timed, timed_step
 from coordinator.cli.options import DEMO_IMAGE
 from coordinator.cli.simulate_model import machine_of
 from coordinator.config import parse_workers
@@ -33,75 +34,25 @@ from coordinator.simulate.engine import simulate
 from coordinator.simulate.lowered import time_program
 from coordinator.simulate.machine import Machine
 from coordinator.simulate.timed import Do, Job
-from protocol.program import Kind
-from protocol.timing import Times
 
 WORKERS = ("cpu:1", "cpu:1,accel:1", "cpu:1,accel:2")
 LAYERS = {"demo": (0, 1, 2, 3, 4, 5, 6), "smollm2-q4_1": (0, 1, 8, 15, 22, 30, 31)}
 """Layers on accelerators; the last is all, the output among them."""
 DEPTH = 250
 """Of 256 positions that are read, so many hold something: what is masked is left out by the kernels, not by the law."""
-FURTHER, PROMPT = 3, 64
-"""Prompts, of so many tokens, and images of a placement in each round."""
-SPLIT_WITHIN, STEP_WITHIN = 0.20, 0.10
-ROUNDS, STEPS = 6, 25
-"""How often everything is measured, and decode steps of a placement each time."""
+FURTHER, PROMPT = 2, 64
+"""Prompts, of so many tokens, and images of a placement in each round, and as many of which runs are noted."""
+SPLIT_WITHIN, STEP_WITHIN, FURTHER_WITHIN = 0.20, 0.10, 0.15
+ROUNDS, STEPS = 5, 30
+"""How often everything is measured, and decode steps of a placement each time, at least."""
+STEPS_S, FURTHER_S = 0.5, 0.15
+"""And for so long: what is short would else be taken in one moment, which may be a neighbour's."""
 IN_A_ROW = 5
 """Steps of a program that count, behind one that does not."""
 EFFORT, BETWEEN = Effort(3, 4, quick=True), 5
 """A calibration, and before how many placements."""
 LONG_S = 20e-6
-"""Shorter runs of ops, an embedding or the last norm, are Python and sleep rather than kernels."""
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """Measured and simulated seconds of a split or a whole step; `rounds` are the measured ones round by round."""
-
-    name: str
-    real: float
-    simulated: float
-    rounds: Sequence[float] = ()
-
-    @property
-    def error(self) -> float:
-        """Relative error of the simulation."""
-        return self.simulated / self.real - 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """What is measured: a model, workers, and how many layers lie on accelerators."""
-
-    model: str
-    workers: str
-    layers: int
-
-    def __str__(self) -> str:
-        return f"{self.model}, {self.workers}, {self.layers} layers"
-
-
-@dataclass(slots=True)
-class Seen:
-    """Samples of one placement: whole steps and what of them is outside of operations, and each run of ops
-    with its worker's name and split; the same of `further` graphs by name, of which only runs are noted."""
-
-    walls: list[float] = field(default_factory=list)
-    outside: list[float] = field(default_factory=list)
-    runs: list[tuple[str, int, list[float]]] = field(default_factory=list)
-    lowered: Lowered | None = None
-    further: dict[str, Seen] = field(default_factory=dict)
-
-    def add(self, other: Seen) -> None:
-        """Put samples of a further round to these: the program is the same whenever it is measured."""
-        self.lowered = other.lowered
-        self.walls += other.walls
-        self.outside += other.outside
-        self.runs = self.runs or [(name, split, []) for name, split, _ in other.runs]
-        for (_, _, mine), (_, _, more) in zip(self.runs, other.runs, strict=True):
-            mine += more
-        for name, seen in other.further.items():
-            self.further.setdefault(name, Seen()).add(seen)
+"""Shorter runs of ops, an embedding or the last norm, are also counted for themselves."""
 
 
 def rows(quick: bool) -> Iterator[Row]:
@@ -117,19 +68,13 @@ def rows(quick: bool) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder, Calibrator(1, quick=True, messages=False) as calibrator:
         files = {name: Path(shutil.copy(model_file(name), f"{folder}/{name}.gguf")) for name in LAYERS}
         for _ in range(2 if quick else ROUNDS):
-            found = []
-            for number, placement in enumerate(placements):
-                if number % BETWEEN == 0:
-                    raw.add(calibrator.measure(EFFORT, lambda _: None))
-                found.append(_measure(placement, files[placement.model], STEPS))
-            rounds.append(found)
-        raw.add(calibrator.measure(EFFORT, lambda _: None))
+            rounds.append(_round(calibrator, raw, [(p, files[p.model]) for p in placements]))
     calibration = fitted(raw, 1, EFFORT)
     yield Row("simulated", "noise of operations while calibrating", 100 * calibration.noise, "%")
     yield Row("simulated", "noise of steps while calibrating", 100 * calibration.shared.noise, "%")
     splits: list[Pair] = []
     steps: list[Pair] = []
-    further: dict[str, list[Pair]] = {}
+    further: dict[str, tuple[list[Pair], list[Pair]]] = {}
     for placement, of_rounds in zip(placements, zip(*rounds, strict=True), strict=True):
         seen, modelled = Seen(), _machine(placement, calibration)
         for one in of_rounds:
@@ -139,7 +84,10 @@ def rows(quick: bool) -> Iterator[Row]:
         steps.append(step)
         splits += parts
         for name, of_name in seen.further.items():
-            further.setdefault(name, []).extend(_compare(placement, of_name, modelled)[1])
+            whole_s, of_whole = _compare(placement, of_name, modelled)
+            wholes, its_splits = further.setdefault(name, ([], []))
+            wholes.append(Pair(str(placement), typical(of_name.walls), whole_s))
+            its_splits += of_whole
         yield _row(step, parts, typical(seen.outside))
     yield _share(f"decode steps within {STEP_WITHIN:.0%}", steps, STEP_WITHIN)
     yield _share(f"splits within {SPLIT_WITHIN:.0%}", splits, SPLIT_WITHIN)
@@ -147,8 +95,19 @@ def rows(quick: bool) -> Iterator[Row]:
     yield _share(f"splits of {LONG_S * 1e6:.0f} us or more within {SPLIT_WITHIN:.0%}", longer, SPLIT_WITHIN)
     shorter = [pair for pair in splits if pair.real < LONG_S]
     yield _absolute(shorter, steps)
-    for name, pairs in further.items():
-        yield _share(f"for information: splits of {name} within {SPLIT_WITHIN:.0%}", pairs, SPLIT_WITHIN)
+    for name, (wholes, its_splits) in further.items():
+        yield _share(f"for information: {name} within {FURTHER_WITHIN:.0%}", wholes, FURTHER_WITHIN)
+        yield _share(f"for information: splits of {name} within {SPLIT_WITHIN:.0%}", its_splits, SPLIT_WITHIN)
+
+
+def _round(calibrator: Calibrator, raw: Raw, placements: Sequence[tuple[Placement, Path]]) -> list[Seen]:
+    """All placements once, with calibrations in between, whose samples are put to `raw`."""
+    found = []
+    for number, (placement, file) in enumerate(placements):
+        if number % BETWEEN == 0:
+            raw.add(calibrator.measure(EFFORT, lambda _: None))
+        found.append(_measure(placement, file, STEPS))
+    return found
 
 
 def _machine(placement: Placement, calibration: Measured) -> Machine:
@@ -176,28 +135,40 @@ def _measure(placement: Placement, file: Path, rounds: int) -> Seen:
             session.evaluate([5] * min(64, DEPTH - session.n_past))
         plain, watch = session.evaluator, Stopwatch(keep=True)
         noting = Evaluator(fleet, session.memory, session.schedulers, stopwatch=watch)
-        for _ in range(rounds // IN_A_ROW):
+        for _ in _again(rounds // IN_A_ROW, STEPS_S):
             session.evaluator = plain
             for number in range(1 + IN_A_ROW):
-                timed, shipped = _timed(session, lambda: _decode(session))
+                timed, shipped = _timed(lambda: _decode(session))
                 if number:  # a worker that has just run another program is not yet where tokens find it
-                    seen.walls.append(timed.wall_s)
-                    seen.outside.append(timed.outside_s)
+                    seen.take(timed)
             session.evaluator = noting
             for number in range(1 + IN_A_ROW):
-                noted, _ = _timed(session, lambda: _decode(session))
+                _decode(session)
                 times = watch.taken.pop().times
                 if number:
-                    _note(session, shipped, seen, noted, times)
+                    seen.note(session, shipped, times)
         graphs = {"a prompt": lambda: _prompt(session)}
         if images:
             graphs["an image"] = lambda: session.encode(0, images[0])
         for name, work in graphs.items():
             into = seen.further.setdefault(name, Seen())
-            for _ in range(FURTHER):
-                noted, shipped = _timed(session, work)
-                _note(session, shipped, into, noted, watch.taken.pop().times)
+            for _ in _again(1, FURTHER_S):
+                session.evaluator = plain
+                for _ in range(FURTHER):
+                    into.take(_timed(work)[0])
+                session.evaluator = noting
+                for _ in range(FURTHER):
+                    shipped = work()[1]
+                    into.note(session, shipped, watch.taken.pop().times)
     return seen
+
+
+def _again(least: int, seconds: float) -> Iterator[None]:
+    """As often as that, and until so much time has passed."""
+    until = time.monotonic() + seconds
+    while least > 0 or time.monotonic() < until:
+        least -= 1
+        yield
 
 
 def _opened(fleet: Fleet, placement: Placement, file: Path, layers: int | None) -> tuple[Session, tuple[Tiles, ...]]:
@@ -219,19 +190,6 @@ def _opened(fleet: Fleet, placement: Placement, file: Path, layers: int | None) 
     return session, images
 
 
-def _note(session: Session, shipped: Shipped, seen: Seen, noted: Timed, times: Mapping[int, Sequence[Times]]) -> None:
-    """How long each run of ops took: no longer than its worker's processor time for all of them."""
-    if seen.lowered is None:
-        seen.lowered = shipped.lowered
-        for worker, number in _runs(shipped.lowered):
-            split = shipped.lowered.programs[worker].instructions[number].split
-            seen.runs.append((session.devices[worker].name, split, []))
-    for (worker, number), (_, _, found) in zip(_runs(shipped.lowered), seen.runs, strict=True):
-        row = times[worker][number]
-        seconds = min(noted.compute_s[worker], (row.end_ns - row.start_ns) * 1e-9)
-        found.append(seconds)
-
-
 def _decode(session: Session) -> tuple[StepResult, Shipped]:
     """One token at DEPTH."""
     session.n_past = DEPTH
@@ -244,23 +202,10 @@ def _prompt(session: Session) -> tuple[StepResult, Shipped]:
     return session.evaluate([5] * PROMPT)[1:]
 
 
-def _timed(session: Session, work: Callable[[], tuple[StepResult, Shipped]]) -> tuple[Timed, Shipped]:
+def _timed(work: Callable[[], tuple[StepResult, Shipped]]) -> tuple[Timed, Shipped]:
     """One evaluation, and what ran."""
-    watch = ProcessorTime(session.fleet)
     result, shipped = work()
-    compute_s = {worker: done.compute_ns * 1e-9 for worker, done in result.done.items()}
-    return watch.timed(result.wall_ns * 1e-9, compute_s), shipped
-
-
-def _runs(lowered: Lowered) -> list[tuple[int, int]]:
-    """Every run of ops: its worker, and its number among the worker's instructions."""
-    programs = enumerate(lowered.programs)
-    return [
-        (worker, number)
-        for worker, program in programs
-        for number, item in enumerate(program.instructions)
-        if item.kind is Kind.RUN
-    ]
+    return timed_step(result), shipped
 
 
 def _compare(placement: Placement, seen: Seen, machine: Machine) -> tuple[float, list[Pair]]:
@@ -268,8 +213,7 @@ def _compare(placement: Placement, seen: Seen, machine: Machine) -> tuple[float,
     assert seen.lowered is not None
     step_s, runs_s = _simulated(seen.lowered, machine)
     splits = [
-        Pair(f"{placement}: {name} split {split}", typical(found), seconds)
-        for (name, split, found), seconds in zip(seen.runs, runs_s, strict=True)
+        Pair(f"{placement}: {name}", real, seconds) for (name, real), seconds in zip(seen.splits(), runs_s, strict=True)
     ]
     return step_s, splits
 

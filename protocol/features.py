@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cache
 
 from protocol.errors import UsageError
@@ -15,6 +15,8 @@ VARIABLE = "CROSSDOCK_DISABLE"
 CPU_SWITCHES = ("avx2", "fma", "f16c", "vnni", "avx512")
 """Of the CPU: see workers.kernels.features."""
 
+_WIDE = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni"}
+
 SWITCHES = ("memfd", "futex", "sharedmem", "mailbox", "fork", "image", *CPU_SWITCHES)
 """Everything that can be switched off; each has a portable twin."""
 
@@ -22,6 +24,18 @@ SWITCHES = ("memfd", "futex", "sharedmem", "mailbox", "fork", "image", *CPU_SWIT
 def disabled(environ: Mapping[str, str] = os.environ) -> frozenset[str]:
     """Features switched off by the environment, lower case."""
     return frozenset(word.strip().lower() for word in environ.get(VARIABLE, "").split(",") if word.strip())
+
+
+def of_cpu(present: Collection[str], off: Collection[str]) -> frozenset[str]:
+    """Those of CPU_SWITCHES that kernels may use on a CPU with these features, by LLVM's names, and without those that
+    are `off`. vnni and avx512 are used on top of the other three, and avx512 on top of vnni."""
+    basic = frozenset({"avx2", "fma", "f16c"} & set(present) - set(off))
+    found = set(basic)
+    if len(basic) == 3 and "vnni" not in off and ({"avx512vnni", "avx512vl"} <= set(present) or "avxvnni" in present):
+        found.add("vnni")
+        if set(present) >= _WIDE and "avx512" not in off:
+            found.add("avx512")
+    return frozenset(found)
 
 
 def check_switches() -> None:

@@ -12,6 +12,7 @@ from coordinator.runtime import signals
 
 def main() -> None:
     """Entry point of `crossdock`; exits with a status of protocol.errors.Exit."""
+    _reopen()
     try:
         signals.install()
         status = _run(sys.argv[1:])
@@ -19,6 +20,16 @@ def main() -> None:
     except KeyboardInterrupt:
         signals.leave()
     _leave(status)
+
+
+def _reopen() -> None:
+    """What the shell closed (`>&-`) goes nowhere: else the next file or socket opened would be output."""
+    while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(handle, True)
+    os.close(handle)
+    for name, number, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
 
 
 def _run(arguments: list[str]) -> int:
@@ -39,7 +50,7 @@ def _run(arguments: list[str]) -> int:
     except OSError as error:
         if os.environ.get("CROSSDOCK_TRACEBACK"):
             raise
-        _say(f"{error.filename or 'input or output'}: {error.strerror}", Exit.INPUT)
+        _say(f"{error.filename or 'input or output'}: {error.strerror or error}", Exit.INPUT)
         return int(Exit.INPUT)
     except Exception as error:
         if signals.arrived():  # in a C extension's import it comes out as an ImportError

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.report.bench import Point, Subject
+from coordinator.report.plots import check_matplotlib
 from protocol.errors import InputError, UsageError
 
 SUFFIXES = (".svg", ".png", ".pdf")
@@ -63,8 +64,6 @@ def _label(point: Point) -> str:
 
 def _matplotlib() -> Any:
     """pyplot, drawing into files. Raises UsageError."""
-    try:
-        importlib.import_module("matplotlib").use("agg")
-        return importlib.import_module("matplotlib.pyplot")
-    except ImportError:
-        raise UsageError("--plot needs matplotlib: pip install 'crossdock[plots]'") from None
+    check_matplotlib("--plot")
+    importlib.import_module("matplotlib").use("agg")
+    return importlib.import_module("matplotlib.pyplot")

@@ -8,7 +8,7 @@ import os
 import re
 import resource
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -25,12 +25,13 @@ from coordinator.report.text import notes, plain
 from coordinator.runtime.fleet import FleetOptions
 from coordinator.runtime.session import KV_PADDING, SessionOptions
 from coordinator.schedule.devices import MAX_DEVICES
+from coordinator.simulate.fabric import Pool
 from coordinator.simulate.hardware import DeviceModel, LinkModel
 from coordinator.simulate.machine import Machine, make_machine
 from coordinator.simulate.network import Network, links, load_network, uniform
 from coordinator.simulate.scale import MAX_SCALE, MAX_STAGES, ScalePoint, scaling
 from coordinator.simulate.series import Load, Options
-from coordinator.simulate.system import load_system
+from coordinator.simulate.system import load_pool, load_system, on_one_machine
 from protocol.dtypes import dtype_of
 from protocol.errors import Exit, UsageError
 
@@ -43,6 +44,11 @@ REAL: Final = 4
 DEEPEST: Final = MAX_DEVICES - 1
 """Accelerators that ggml's scheduler divides a graph among, beside the host."""
 
+CROWD: Final = 16
+"""Workers that are simulated on shared processors: more do not get more done."""
+
+_OWN: Final = "; each worker has processors and memory of its own"
+
 MOST: Final = 64
 MOST_SEQUENCES: Final = 64
 PROMPT, PREDICT, UBATCH, REPETITIONS = 256, 32, 128, 3
@@ -51,10 +57,13 @@ PROMPT, PREDICT, UBATCH, REPETITIONS = 256, 32, 128, 3
 @dataclass(frozen=True, slots=True)
 class Asked:
     """What is to be simulated and, with a rig, measured: numbers of workers, sequences under way in all, accelerators
-    of one pipeline, and why nothing is measured ("" where it is)."""
+    of one pipeline, and why nothing is measured ("" where it is). All workers of `machine_of` share the system's
+    `pool`, if it says that there is one; those of `apart` have processors and memory of their own."""
 
     blueprint: Blueprint
     machine_of: Callable[[int], Machine]
+    apart: Callable[[int], Machine]
+    pool: Pool | None
     options: Options
     load: Load
     workers: tuple[int, ...]
@@ -73,7 +82,7 @@ def bench_scale(chosen: argparse.Namespace, progress: Progress) -> int:
         check_plot(Path(chosen.plot))
     system = Path(chosen.simulate or HERE)
     asked = _asked(chosen, system)
-    curves = (_strong(asked, progress), _pipelined(asked, progress), _weak(asked, progress))
+    curves = (_strong(asked, progress), _pipelined(asked, progress), *_weak(asked, progress))
     found = report.Scaling(
         model_line(asked.blueprint.params, asked.blueprint.weights), str(system), asked.load, curves, asked.note
     )
@@ -123,10 +132,11 @@ def _asked(chosen: argparse.Namespace, system: Path) -> Asked:
             model, blueprint.params, session, FleetOptions(chosen.transport, arithmetic=chosen.arithmetic), load,
             chosen.threads[0] if chosen.threads else 1, chosen.repetitions or REPETITIONS,
         )  # fmt: skip
-    workers = _workers(chosen.workers)
+    workers, network, pool = _workers(chosen.workers), _network(chosen.network, system), load_pool(system)
     return Asked(
-        blueprint, _machines(worker, host, _network(chosen.network, system)), Options(n_ctx=n_ctx, kv_dtype=kv_dtype),
-        load, workers, chosen.requests or min(max(workers), MOST_SEQUENCES), chosen.stages or MAX_STAGES, rig, note,
+        blueprint, _machines(worker, host, network, pool), _machines(worker, host, network, None), pool,
+        Options(n_ctx=n_ctx, kv_dtype=kv_dtype), load, workers,
+        chosen.requests or min(max(workers), MOST_SEQUENCES), chosen.stages or MAX_STAGES, rig, note,
     )  # fmt: skip
 
 
@@ -182,8 +192,10 @@ def _network(text: str | None, system: Path) -> Network:
     return load_network(Path(text))
 
 
-def _machines(worker: DeviceModel, host: DeviceModel, network: Network) -> Callable[[int], Machine]:
-    """Machines with as many such workers as are asked for."""
+def _machines(
+    worker: DeviceModel, host: DeviceModel, network: Network, pool: Pool | None
+) -> Callable[[int], Machine]:  # fmt: skip
+    """Machines with as many such workers as are asked for, which share what is in the pool."""
     base = worker.name.rstrip("0123456789") or worker.name
 
     def link_of(source: str, target: str) -> LinkModel | None:
@@ -194,7 +206,7 @@ def _machines(worker: DeviceModel, host: DeviceModel, network: Network) -> Calla
 
     def machine_of(n: int) -> Machine:
         models = [replace(worker, name=f"{base}{k}") for k in range(n)]
-        return make_machine([*models, host], link_of, network.capacity)
+        return on_one_machine(make_machine([*models, host], link_of, network.capacity), pool)
 
     return machine_of
 
@@ -203,7 +215,8 @@ def _strong(asked: Asked, progress: Progress) -> report.Curve:
     """One sequence, its layers over all workers; no further than one layer each, or than the scheduler goes."""
     deepest = _deepest(asked)
     workers = sorted({min(n, deepest) for n in asked.workers})
-    points = _simulated(asked, workers, "strong", deepest, asked.options, 1, progress)
+    load = replace(asked.load, n_requests=1)
+    points = _simulated(asked, asked.machine_of, workers, "strong", deepest, asked.options, load, progress)
     end = "each has one layer" if deepest < DEEPEST else "and a host ggml's scheduler ends"
     about = (
         "one sequence, its layers divided among the workers, which take turns"
@@ -221,29 +234,35 @@ def _pipelined(asked: Asked, progress: Progress) -> report.Curve:
     stages = min(asked.stages, _deepest(asked))
     workers = sorted({n if n <= stages else n // stages * stages for n in asked.workers})
     overlapped = replace(asked.options, parallel=True)
-    points = _simulated(asked, workers, "strong", stages, overlapped, asked.sequences, progress)
+    load = replace(asked.load, n_requests=asked.sequences)
+    points = _simulated(asked, asked.apart, workers, "strong", stages, overlapped, load, progress)
     about = (
         f"{asked.sequences:,} sequences under way at once and micro-batches that overlap, in pipelines of up to "
-        f"{stages} workers and copies of them around one host"
+        f"{stages} workers and copies of them around one host{_OWN if asked.pool else ''}"
     )
     return report.Curve("pipelined", about, tuple(report.Row(point) for point in points))
 
 
-def _weak(asked: Asked, progress: Progress) -> report.Curve:
-    """As many sequences as workers, each of which has the whole model."""
-    points = _simulated(asked, asked.workers, "weak", 1, asked.options, 1, progress)
-    about = "a sequence and a copy of the model for each worker, around one host" + (
-        f"; real: each with a host of its own, and {os.cpu_count()} processors for all of them" if asked.rig else ""
-    )
-    return report.Curve("weak", about, _rows(asked, points, measure_weak, progress))
+def _weak(asked: Asked, progress: Progress) -> Iterator[report.Curve]:
+    """As many sequences as workers, each of which has the whole model: on this machine, and on one each."""
+    load = replace(asked.load, n_requests=1)
+    workers = [n for n in asked.workers if n <= CROWD or not asked.pool] or asked.workers[:1]
+    points = _simulated(asked, asked.machine_of, workers, "weak", 1, asked.options, load, progress)
+    about = "a sequence and a copy of the model for each worker, around one host"
+    here = f"{about}; {asked.pool.processors:g} processors for all of them" if asked.pool else about
+    here += f"; real: each with a host of its own, on {os.cpu_count()} processors" if asked.rig else ""
+    yield report.Curve("weak", here, _rows(asked, points, measure_weak, progress))
+    if asked.pool:
+        points = _simulated(asked, asked.apart, asked.workers, "weak", 1, asked.options, load, progress)
+        yield report.Curve("apart", about + _OWN, tuple(report.Row(point) for point in points))
 
 
 def _simulated(
-    asked: Asked, workers: Sequence[int], mode: str, stages: int, made: Options, sequences: int, progress: Progress
-) -> list[ScalePoint]:
+    asked: Asked, machine_of: Callable[[int], Machine], workers: Sequence[int], mode: str, stages: int, made: Options,
+    load: Load, progress: Progress,
+) -> list[ScalePoint]:  # fmt: skip
     progress(f"simulating up to {workers[-1]:,} workers")
-    load = replace(asked.load, n_requests=sequences)
-    return scaling(asked.blueprint, asked.machine_of, made, load, workers, mode=mode, stages=stages)
+    return scaling(asked.blueprint, machine_of, made, load, workers, mode=mode, stages=stages)
 
 
 def _rows(

@@ -7,21 +7,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
+from coordinator.report.plots import check_matplotlib
 from coordinator.report.scaling import Curve, Real, Scaling
 from coordinator.simulate.scale import ScalePoint
-from protocol.errors import InputError, UsageError
+from protocol.errors import InputError
 
-COLOURS: Final = ("#1f77b4", "#2ca02c", "#d95f02")
+COLOURS: Final = ("#1f77b4", "#2ca02c", "#d95f02", "#e6ab02")
 
 
 def plot_scaling(path: Path, name: str, found: Scaling) -> None:
     """Prompts on the left, tokens on the right, both axes logarithmic: lines are simulated, squares are real with their
     least and most. Raises UsageError without matplotlib, InputError when the file cannot be written."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UsageError("--plot needs matplotlib: pip install 'crossdock[plots]'") from None
+    check_matplotlib("--plot")
+    import matplotlib
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     with matplotlib.rc_context({"svg.hashsalt": "crossdock", "svg.fonttype": "none"}):
@@ -39,7 +39,7 @@ def plot_scaling(path: Path, name: str, found: Scaling) -> None:
 def _draw(
     axes: Any, found: Scaling, title: str, simulated: Callable[[ScalePoint], float], real: Callable[[Real], list[float]]
 ) -> None:
-    for curve, colour in zip(found.curves, COLOURS, strict=True):
+    for curve, colour in zip(found.curves, COLOURS, strict=False):
         x = [row.simulated.workers for row in curve.rows]
         axes.plot(x, [simulated(row.simulated) for row in curve.rows], "o-", color=colour, linewidth=1, markersize=3,
                   label=f"{curve.name}, simulated")  # fmt: skip

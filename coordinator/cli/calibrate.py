@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
@@ -30,8 +31,8 @@ from coordinator.config import Topology, parse_workers
 from coordinator.report.bench import machine
 from coordinator.report.text import notes, watched
 from coordinator.runtime.session import devices_of
-from coordinator.simulate.calibrate_cases import Room
 from coordinator.simulate.calibrate_fit import Sample, errors, fit_costs, fit_mixed
+from coordinator.simulate.calibrate_room import Room
 from coordinator.simulate.calibrate_write import Calibration, Link, network_text, system_text
 from coordinator.simulate.hardware import Cost, Toll
 from coordinator.simulate.work import OUTPUT
@@ -47,8 +48,7 @@ NOISY: Final = 0.15
 def calibrate(chosen: argparse.Namespace) -> int:
     """Measure, fit, write two files, and say what was found."""
     output = Path(chosen.output)
-    if not output.resolve().parent.is_dir():
-        raise UsageError(f"--output {output}: no such folder")
+    _check_places(output)
     topology = parse_workers(chosen.workers or CHAIN, chosen.threads)
     if any(spec.kind == "null" for spec in topology.workers):
         raise UsageError(f"--workers {chosen.workers}: null workers compute nothing that could be measured")
@@ -120,14 +120,14 @@ def fitted(raw: Raw, threads: int, effort: Effort, room: Room | None = None) -> 
     samples = samples_of(room, effort, raw.ops)
     shared, messages = fit_steps(raw.steps), fit_steps(raw.messages)
     costs = fit_costs(samples)
-    mixed = fit_mixed(mixtures_of(room, raw.ops, shared.first.base_s), costs)
+    mixed = fit_mixed(mixtures_of(room, raw.ops, shared.first.base_s), costs, samples)
     costs[OUTPUT] = Cost(byte_s=shared.output_byte_s)
     return Measured(samples, costs, mixed, middle_noise(raw.ops), shared, messages, threads, cache_nbytes())
 
 
 def write(output: Path, topology: Topology, found: Measured) -> tuple[Path, Path, Path]:
     """The system and two networks, shared memory and messages; where they are. Raises UsageError."""
-    files = (output, _beside(output, "network"), _beside(output, "messages"))
+    files = _files(output)
     about = _about(found)
     devices = devices_of(topology)
     workers = [
@@ -147,6 +147,24 @@ def write(output: Path, topology: Topology, found: Measured) -> tuple[Path, Path
     return files
 
 
+def _check_places(output: Path) -> None:
+    """Raises UsageError for files that could not be written, some minutes before they would be."""
+    if not output.resolve().parent.is_dir():
+        raise UsageError(f"--output {output}: no such folder")
+    if output.is_dir():
+        raise UsageError(f"--output {output}: it is a folder, expected a file such as here.toml")
+    for file in _files(output):
+        if file.exists() and not file.is_file():
+            raise UsageError(f"--output {file}: not a regular file")
+        if not os.access(file if file.exists() else file.resolve().parent, os.W_OK):
+            raise UsageError(f"--output {file}: cannot be written")
+
+
+def _files(output: Path) -> tuple[Path, Path, Path]:
+    """The system, and the networks over shared memory and over messages."""
+    return output, _beside(output, "network"), _beside(output, "messages")
+
+
 def _beside(output: Path, what: str) -> Path:
     return output.with_name(f"{output.stem}-{what}{output.suffix}")
 
@@ -157,8 +175,9 @@ def _calibration(found: Measured, about: Sequence[str]) -> Calibration:
     flops = max(s.work.flops / s.seconds for s in found.samples if s.work.kind == "matmat")
     steps = found.shared
     return Calibration(
-        tuple(about), found.costs, steps.step, steps.first, steps.split, found.mixed, found.cache, rate, flops
-    )
+        tuple(about), found.costs, steps.step, steps.first, steps.split, found.mixed, found.cache, rate, flops,
+        max(1.0, n_processors() / found.threads),
+    )  # fmt: skip
 
 
 def _about(found: Measured) -> tuple[str, ...]:
@@ -170,6 +189,11 @@ def _about(found: Measured) -> tuple[str, ...]:
         f"The middle sample took {found.noise:.0%} longer than a typical one (operations), "
         f"{found.shared.noise:.0%} (steps).",
     )
+
+
+def n_processors() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cache_nbytes() -> int:

@@ -11,9 +11,10 @@ from typing import Final
 
 from coordinator.cli.calibrate_rig import Loaded, Rig, Share
 from coordinator.config import Topology
-from coordinator.simulate.calibrate_cases import AUX, Case, Room, brief_op, cases, first_bytes
+from coordinator.simulate.calibrate_cases import brief_op
 from coordinator.simulate.calibrate_fit import Sample, fit_sums, line, noise, typical
-from coordinator.simulate.calibrate_layers import LARGE, SMALL, layer_cases, layers
+from coordinator.simulate.calibrate_layers import LARGE, SMALL, every_case, layer_cases, layers
+from coordinator.simulate.calibrate_room import AUX, Case, Room, first_bytes
 from coordinator.simulate.hardware import Toll, Work
 from coordinator.simulate.work import work_of
 from protocol.messages import Port
@@ -32,8 +33,8 @@ HOP_NBYTES: Final = (512, 64 << 10, 1 << 20, 8 << 20)
 OUTPUT_NBYTES: Final = (512, 64 << 10, 512 << 10)
 _HOPS_OF_A_SIZE: Final = 4
 _IN_A_ROW: Final = 4
-_NOTED: Final = (("first", (2, 0)), ("split", (2, 3)))
-"""Runs of one op in a chain from worker 2 to 0 and back: worker 2 has RUN, SEND, RECV, RUN."""
+_NOTED: Final = {"first": 0, "split": 3}
+"""Runs of one op in a chain from worker 2 to 0 and back: worker 2 has RUN, SEND, RECV, RUN, and more behind them."""
 _AFTER: Final = "after a sweep"
 
 SWEEP_NBYTES: Final = 40 << 20
@@ -111,7 +112,7 @@ class Operations:
             rig = stack.enter_context(self._rig)
             for offset, data in first_bytes(self.room):
                 rig.write(0, offset, data)
-            every = (*cases(self.room, quick=self.quick), *layer_cases(self.room))
+            every = (*every_case(self.room, quick=self.quick), *layer_cases(self.room))
             self._loaded = [(case, rig.ship(case.name, {0: Share(case.ops)})) for case in every]
             stack.pop_all()
         return self
@@ -135,7 +136,7 @@ def samples_of(room: Room, effort: Effort, seconds: Samples) -> list[Sample]:
     """What one op of each case takes."""
     return [
         Sample(work_of(c.ops[0]), typical(seconds[c.name]) / len(c.ops), c.missed, c.name)
-        for c in cases(room, quick=effort.quick)
+        for c in every_case(room, quick=effort.quick)
     ]
 
 
@@ -170,7 +171,7 @@ class Chains:
     def measure(self, rounds: int, progress: Progress) -> Samples:
         """Seconds outside of operations, and of the runs of ops that are noted, by name."""
         seconds: Samples = {name: [] for name in self._programs}
-        seconds |= {name + after: [] for name, _ in _NOTED for after in self._noted}
+        seconds |= {name + after: [] for name in _NOTED for after in self._noted}
         for number in range(rounds):
             progress(f"steps, round {number + 1} of {rounds}")
             for name, program in self._programs.items():
@@ -178,9 +179,9 @@ class Chains:
                 for _ in range(_IN_A_ROW):
                     seconds[name].append(program.timed().outside_s)
             for after, program in self._noted.items():
+                program.noted(2, ())
                 for _ in range(_IN_A_ROW):
-                    self._programs[f"three{after}"].run()  # leaves every worker's caches as a model would
-                    for (name, _), took in zip(_NOTED, program.noted(*(place for _, place in _NOTED)), strict=True):
+                    for name, took in zip(_NOTED, program.noted(2, list(_NOTED.values())), strict=True):
                         seconds[name + after].append(took)
         return seconds
 
@@ -192,9 +193,7 @@ def fit_steps(seconds: Samples) -> Steps:
     _, output_s = line([(nbytes, outside[f"output {nbytes}"]) for nbytes in OUTPUT_NBYTES])
     warm, cold = _prices(outside, HOPS, ""), _prices(outside, HOPS_AFTER, f" {_AFTER}")
     step, further, wake, each = (Toll(a, max(0.0, b - a)) for a, b in zip(warm, cold, strict=True))
-    first, split = (
-        Toll(outside[name], max(0.0, outside[f"{name} {_AFTER}"] - outside[name])) for name in ("first", "split")
-    )
+    first, split = (Toll(outside[name], max(0.0, outside[f"{name} {_AFTER}"] - outside[name])) for name in _NOTED)
     return Steps(step, further, first, split, wake, each, byte_s, output_s, middle_noise(seconds))
 
 
@@ -232,12 +231,16 @@ def _programs(rig: Rig, room: Room) -> dict[str, Loaded]:
 
 
 def _noted_programs(rig: Rig, room: Room) -> dict[str, Loaded]:
-    """Runs of one operation around one of many; what times depend on is appended to their names."""
+    """Runs of one operation around one of many, and behind them one of many on their own worker, as a model's output
+    is; what times depend on is appended to their names."""
     brief = Share((brief_op(room),))
-    return {
-        after: rig.ship("split", chain([brief, run, brief], [2, 0, 2], HOP_NBYTES[0]), noted=True)
-        for after, run in (("", _busy(room)), (f" {_AFTER}", _sweep(room)))
-    }
+    found: dict[str, Loaded] = {}
+    for after, run in (("", _busy(room)), (f" {_AFTER}", _sweep(room))):
+        shares = chain([brief, run, brief], [2, 0, 2], HOP_NBYTES[0])
+        many = Instruction(Kind.RUN, len(brief.ops), len(brief.ops) + len(run.ops), 2)
+        shares[2] = Share((*brief.ops, *run.ops), (*shares[2].instructions, many))
+        found[after] = rig.ship("split", shares, noted=True)
+    return found
 
 
 def _with_ports(share: Share, nbytes: int = RESULT_NBYTES) -> Share:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -24,8 +22,6 @@ from protocol import messages as m
 from protocol.messages import PeerArena
 from protocol.program import Instruction, Kind, OpRecord
 
-_SCHEDULED: Final = 2
-"""Linux's clocks of processes are numbered by this and the process (clock_getcpuclockid)."""
 _WRITE_NBYTES: Final = 16 << 20
 _SMALL, _LARGE = 0x20, 0x40
 """Bytes from here to there are ordinary numbers in every type, F32, F16 and scales of blocks alike: neither NaN nor
@@ -112,8 +108,7 @@ class Rig:
 
 @dataclass(frozen=True, slots=True)
 class Timed:
-    """A step in seconds, without what neighbours took from the workers while they computed: the whole of it, and
-    computing by worker."""
+    """A step in seconds: the whole of it, and computing by worker."""
 
     wall_s: float
     compute_s: Mapping[int, float]
@@ -124,31 +119,13 @@ class Timed:
         return self.wall_s - sum(self.compute_s.values())
 
 
-class ProcessorTime:
-    """Processor time of each worker since this was made, which bounds what it computed, however long others had its
-    processor meanwhile. Only where workers have one thread, and Linux says how long that has run."""
+def timed_step(result: StepResult) -> Timed:
+    """How long a step took.
 
-    def __init__(self, fleet: Fleet) -> None:
-        self.pids = [p.pid if p.spec.threads == 1 else 0 for p in fleet.processes]
-        self.before = [_processor_s(pid) for pid in self.pids]
-
-    def timed(self, wall_s: float, compute_s: Mapping[int, float]) -> Timed:
-        """A step whose workers say that they computed for so long."""
-        least: dict[int, float] = {}
-        for worker, seconds in compute_s.items():
-            before, after = self.before[worker], _processor_s(self.pids[worker])
-            least[worker] = seconds if before is None or after is None else min(seconds, after - before)
-        return Timed(wall_s - sum(compute_s.values()) + sum(least.values()), least)
-
-
-def _processor_s(pid: int) -> float | None:
-    """Processor time of a process. Its clock counts what runs at this moment, too, which files in /proc leave out."""
-    if not pid or not sys.platform.startswith("linux"):
-        return None
-    try:
-        return time.clock_gettime((~pid << 3) | _SCHEDULED)
-    except OSError:
-        return None
+    As clocks on the wall say: that of a process which runs on another processor may be a tick behind, milliseconds, so
+    that processor time says too little as often as neighbours make the wall clock say too much.
+    """
+    return Timed(result.wall_ns * 1e-9, {worker: done.compute_ns * 1e-9 for worker, done in result.done.items()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,18 +140,15 @@ class Loaded:
         """One step."""
         return self.evaluator.run(self.shipped, self._inputs())
 
-    def noted(self, *places: tuple[int, int]) -> tuple[float, ...]:
-        """One step of a program that is noted: how many seconds workers were at instructions (worker, number)."""
+    def noted(self, worker: int, numbers: Sequence[int]) -> list[float]:
+        """One step of a program that is noted: how many seconds a worker was at its instructions of these numbers."""
         self.run()
-        times = self.rig.stopwatch.taken.pop().times
-        rows = [times[worker][number] for worker, number in places]
-        return tuple((row.end_ns - row.start_ns) * 1e-9 for row in rows)
+        rows = self.rig.stopwatch.taken.pop().times[worker]
+        return [(rows[number].end_ns - rows[number].start_ns) * 1e-9 for number in numbers]
 
     def timed(self) -> Timed:
         """One step: its wall time, and how long each worker computed."""
-        watch = ProcessorTime(self.rig.fleet)
-        result = self.run()
-        return watch.timed(result.wall_ns * 1e-9, {w: done.compute_ns * 1e-9 for w, done in result.done.items()})
+        return timed_step(self.run())
 
     def _inputs(self) -> dict[str, NDArray[np.uint8]]:
         ports = (port for program in self.shipped.lowered.programs for port in program.inputs)

@@ -17,20 +17,22 @@ from rich.table import Table
 
 from coordinator.report.text import notes, show_bytes
 from protocol.errors import Exit
-from protocol.features import VARIABLE, disabled, has
+from protocol.features import CPU_SWITCHES, VARIABLE, disabled, has, of_cpu
 
 PACKAGES = ("numpy", "numba", "llvmlite", "gguf", "pillow", "pyzmq", "msgpack", "tokenizers", "jinja2", "rich")
 _TWINS = {
     "memfd": "files in the run's directory",
     "futex": "short naps",
     "sharedmem": "tensors travel as messages",
+    "mailbox": "steps travel through sockets",
+    "fork": "each worker is started by itself",
+    "image": "kernels come from numba's cache",
     "avx2": "generic vector code, the same bits",
     "fma": "fused multiply-add in software, the same bits",
     "f16c": "half precision by bit operations, the same bits",
+    "vnni": "products of 16 bits, the same sums",
+    "avx512": "vectors of 256 bits, the same bits",
 }
-
-
-CPU_FEATURES = ("avx2", "fma", "f16c")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +71,13 @@ def doctor(chosen: argparse.Namespace) -> int:
 
 def _facts() -> Facts:
     temporary = tempfile.gettempdir()
-    cpu = {name for name, present in llvm.get_host_cpu_features().items() if present} - disabled()
+    cpu = of_cpu([name for name, present in llvm.get_host_cpu_features().items() if present], disabled())
     return Facts(
         machine=f"{platform.machine()}, {os.cpu_count()} processors",
         system=f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
         memory=show_bytes(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")),
         temporary=f"{temporary}, {show_bytes(shutil.disk_usage(temporary).free)} free",
         disabled=", ".join(sorted(disabled())) or f"nothing ({VARIABLE})",
-        features={name: name in cpu if name in CPU_FEATURES else has(name) for name in _TWINS},
+        features={name: name in cpu if name in CPU_SWITCHES else has(name) for name in _TWINS},
         packages={name: metadata.version(name) for name in PACKAGES},
     )

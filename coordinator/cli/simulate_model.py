@@ -12,6 +12,7 @@ from coordinator.cli import options
 from coordinator.model.presets import Blueprint, open_blueprint
 from coordinator.report import simulate as report
 from coordinator.report.plan import answer, model_line
+from coordinator.report.simulate_search import limit_lines, search_document, search_line
 from coordinator.report.simulate_trace import simulated_trace
 from coordinator.report.trace import write_trace
 from coordinator.simulate.hardware import LinkModel
@@ -21,7 +22,7 @@ from coordinator.simulate.predict import predict
 from coordinator.simulate.search import search
 from coordinator.simulate.series import Load, Options, make_series
 from coordinator.simulate.sweep import parse_sweep, sweep
-from coordinator.simulate.system import load_system
+from coordinator.simulate.system import load_pool, load_system, on_one_machine
 from protocol.dtypes import dtype_of
 from protocol.errors import Exit, UsageError
 
@@ -64,7 +65,7 @@ def machine_of(system: str | None, network: str) -> Machine:
         except UsageError:
             return None  # an error only if the plan sends something there
 
-    return make_machine(devices, link_of, found.capacity)
+    return on_one_machine(make_machine(devices, link_of, found.capacity), load_pool(Path(system)))
 
 
 def _network(text: str) -> Network:
@@ -134,12 +135,12 @@ def _show_sweep(chosen: argparse.Namespace, blueprint: Blueprint, machine: Machi
 def _show_search(chosen: argparse.Namespace, blueprint: Blueprint, machine: Machine) -> int:
     found = search(blueprint, machine, options_of(chosen), load_of(chosen), chosen.search)
     if chosen.json:
-        _print_json(report.search_document(found))
+        _print_json(search_document(found))
         return Exit.OK
     with answer() as console:
         console.print(f"[bold]model[/]     {model_line(blueprint.params, blueprint.weights)}")
-        console.print(f"[bold]best[/]      {report.search_line(found)}")
-        for line in report.limit_lines(found):
+        console.print(f"[bold]best[/]      {search_line(found)}")
+        for line in limit_lines(found):
             console.print(f"[bold]limit[/]     {line}")
         report.print_prediction(console, found.prediction, quiet=chosen.quiet)
     return Exit.OK

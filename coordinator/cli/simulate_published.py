@@ -22,7 +22,7 @@ from coordinator.report.rates import (
 )
 from coordinator.simulate.judge import HELD_OUT, N_SPLITS, judge
 from coordinator.simulate.verdicts import Outcome, figures, measured_cases, predict_table, reasons
-from protocol.errors import Exit, InputError
+from protocol.errors import Exit, InputError, UsageError
 
 _NOTE = (
     "The shipped constants are fitted to the table in benchmarks/published: for rows of that table these errors are "
@@ -31,7 +31,8 @@ _NOTE = (
 
 
 def simulate_published(chosen: argparse.Namespace) -> int:
-    """Predict every row of the table, or with `--splits` judge the laws on unseen devices."""
+    """Predict every row of the table, or with `--splits` judge the laws on unseen devices. Raises UsageError."""
+    _check_questions(chosen)
     outcomes = predict_table(Path(chosen.published))
     if chosen.splits:
         return _splits(outcomes, chosen)
@@ -47,6 +48,15 @@ def simulate_published(chosen: argparse.Namespace) -> int:
     _print_reasons(console, outcomes)
     console.print(f"\n{_NOTE}")
     return Exit.OK
+
+
+def _check_questions(chosen: argparse.Namespace) -> None:
+    """Refuse what would have no effect: rows say themselves what they are about. Raises UsageError."""
+    if chosen.model is not None:
+        raise UsageError(f"--published {chosen.published}: its rows name their models: leave {chosen.model} out")
+    for name in ("system", "sweep", "search", "trace"):
+        if getattr(chosen, name) is not None:
+            raise UsageError(f"--published and --{name} are two answers: choose one")
 
 
 def _splits(outcomes: list[Outcome], chosen: argparse.Namespace) -> int:

@@ -8,11 +8,13 @@ from collections.abc import Callable
 
 def at_least(low: int) -> Callable[[str], int]:
     """An argparse type: integers from `low` on that fit in 31 bits."""
+    high = (1 << 31) - 1
 
     def integer(text: str) -> int:
         value = int(text)
-        if not low <= value < 1 << 31:
-            raise argparse.ArgumentTypeError(f"{text} is out of range: expected at least {low}")
+        if not low <= value <= high:
+            bound = f"at least {low}" if value < low else f"at most {high}"
+            raise argparse.ArgumentTypeError(f"{text:.40} is out of range: expected {bound}")
         return value
 
     return integer

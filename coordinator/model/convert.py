@@ -207,7 +207,13 @@ def interleave_rope(rows: F32, n_head: int) -> F32:
 
 @contextlib.contextmanager
 def _fresh_file(out_path: Path) -> Iterator[Path]:
-    """A temporary file beside `out_path` that takes its name when the body ends well and vanishes otherwise."""
+    """A temporary file beside `out_path` that takes its name when the body ends well and vanishes otherwise.
+
+    It replaces files only: a device, a pipe or a folder of that name is refused, a link's target is what is replaced.
+    """
+    if out_path.exists() and not out_path.is_file():
+        raise ModelError(f"{out_path}: cannot be written: not a regular file")
+    out_path = out_path.resolve()
     try:
         handle, name = tempfile.mkstemp(prefix=f".{out_path.name}.", suffix=".part", dir=out_path.parent)
     except OSError as error:

@@ -102,7 +102,7 @@ def open_blueprint(source: str, types: Sequence[str] = ()) -> Blueprint:
     """
     if source.lower() in PRESETS:
         params, default = PRESETS[source.lower()]
-        return Blueprint(params, make_weights(params, _chooser(types, default)))
+        return Blueprint(params, _typed_weights(params, types, default))
     path = Path(source)
     if path.is_dir():
         path = path / "config.json"
@@ -112,7 +112,7 @@ def open_blueprint(source: str, types: Sequence[str] = ()) -> Blueprint:
         raise UsageError(f"{source}: no such file, and no preset: expected one of {', '.join(PRESETS)}")
     if path.suffix == ".json":
         params = _read_config(path)
-        return Blueprint(params, make_weights(params, _chooser(types, DType.F16)))
+        return Blueprint(params, _typed_weights(params, types, DType.F16))
     model = open_header(path)
     if types:
         raise UsageError(f"--weights-type {types[0]}: {path.name} has types of its own")
@@ -132,6 +132,20 @@ def make_weights(params: ModelParams, choose: Callable[[str, Shape], DType]) -> 
         nbytes = dtype.row_nbytes(ne[0]) * ne[1] * ne[2] * ne[3]
         weights[name] = WeightInfo(name, dtype, ne, offset, nbytes)
         offset += nbytes
+    return weights
+
+
+def _typed_weights(params: ModelParams, types: Sequence[str], default: DType) -> dict[str, WeightInfo]:
+    """`make_weights` with the types that were asked for. Raises UsageError for an expression that matches no weight."""
+    weights = make_weights(params, _chooser(types, default))
+    for text in types:
+        part, _ = _rule(text)
+        if part is not None and part not in PARTS and not any(re.match(part, name) for name in weights):
+            names = list(weights)
+            raise UsageError(
+                f"--weights-type {text}: {part!r} begins none of the model's {len(names)} weights, which are named like"
+                f" {', '.join(names[:: len(names) // 3 + 1])}, and is no part: expected one of {', '.join(PARTS)}"
+            )
     return weights
 
 

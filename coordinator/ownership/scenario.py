@@ -108,7 +108,7 @@ def load_scenario(path: Path) -> Scenario:
         raw = tomllib.loads(path.read_text("utf-8"))
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{path}: not TOML: {error}") from None
     try:
         return parse_scenario(raw)

@@ -7,14 +7,17 @@ from dataclasses import replace
 from typing import Any
 
 from coordinator.ownership.sequence import GraphSpec
+from coordinator.ownership.tinyops import SOURCES
 from coordinator.schedule.document_reader import load_document
 from coordinator.schedule.plan import Device
 from protocol.errors import InputError
 
 Json = dict[str, Any]
 
-_OWN_KEYS = {"name", "op", "src", "ne", "flags", "view", "offs", "inplace", "buffer", "resident", "borrow", "shared",
-             "params", "value", "place"}  # fmt: skip
+_KINDS: dict[str, type] = {
+    "name": str, "op": str, "src": list, "ne": list, "flags": list, "view": str, "offs": int, "inplace": bool,
+    "buffer": dict, "resident": str, "borrow": str, "shared": str, "params": list, "value": float, "place": int,
+}  # fmt: skip
 _VIEWS = ("VIEW", "RESHAPE", "PERMUTE", "TRANSPOSE")
 
 
@@ -61,12 +64,16 @@ def _numbered(graph: Json, devices: list[str]) -> Json:
         if not isinstance(row, dict) or not isinstance(row.get("name"), str):
             raise InputError(f"graph {name}: every tensor is a table with a 'name'")
         where = f"graph {name}: tensor {row['name']!r}"
-        if unknown := sorted(set(row) - _OWN_KEYS):
-            raise InputError(f"{where}: unknown key {unknown[0]!r}: expected {', '.join(sorted(_OWN_KEYS))}")
+        if unknown := sorted(set(row) - set(_KINDS)):
+            raise InputError(f"{where}: unknown key {unknown[0]!r}: expected {', '.join(sorted(_KINDS))}")
+        for key, value in row.items():
+            _check_kind(value, _KINDS[key], f"{where}: {key}")
         if row["name"] in ids:
             raise InputError(f"{where}: there are two of that name")
         tensors.append(_tensor(row, ids, tensors, where))
         ids[row["name"]] = len(ids)
+    _check_kind(graph.get("expand", []), list, f"graph {name}: expand")
+    _check_kind(graph.get("pinned", {}), dict, f"graph {name}: pinned")
     expand = [_id(ids, t, f"graph {name}: expand") for t in graph.get("expand", [rows[-1]["name"] if rows else ""])]
     pinned = {}
     for tensor, device in graph.get("pinned", {}).items():
@@ -85,7 +92,14 @@ def _tensor(row: Json, ids: Mapping[str, int], tensors: list[Json], where: str) 
     if op in _VIEWS and viewed is None and src:
         viewed = src[0]
     if row.get("inplace"):
+        if not src:
+            raise InputError(f"{where}: inplace without a source")
         viewed = src[0]
+    low, high = SOURCES.get(op, (0, len(src)))
+    if not low <= len(src) <= high:
+        raise InputError(f"{where}: {op} of {len(src)} sources, expected {low if low == high else f'{low} to {high}'}")
+    for value in row.get("params", []):
+        _check_kind(value, float, f"{where}: params")
     if op == "CPY" and len(src) == 2:
         viewed = src[1]
     like = tensors[viewed if viewed is not None else src[0]] if src else None
@@ -108,6 +122,13 @@ def _tensor(row: Json, ids: Mapping[str, int], tensors: list[Json], where: str) 
     if "borrow" in row:
         out["buffer"] = {"buft": "?", "usage": "compute"}
     return out
+
+
+def _check_kind(value: object, kind: type, where: str) -> None:
+    """Integers are floats too, truth values are neither."""
+    if type(value) is not kind and not (kind is float and type(value) is int):
+        expected = {dict: "table", float: "number"}.get(kind, kind.__name__)
+        raise InputError(f"{where} is {value!r:.40}, expected {expected}")
 
 
 def _id(ids: Mapping[str, int], name: object, where: str) -> int:

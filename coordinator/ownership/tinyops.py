@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from protocol.errors import InputError
+from protocol.ops import MAX_SRC
 
 Floats = npt.NDArray[np.float32]
 Params = tuple[int | float, ...]
@@ -36,6 +37,12 @@ TINY: dict[str, Callable[..., Floats]] = {
     "REPEAT": lambda params, x: x,
 }
 """What each op gives. MUL_MAT is a product element by element here: shapes do not matter to ownership."""
+
+SOURCES = {
+    "ADD": (2, 2), "SUB": (2, 2), "MUL": (2, 2), "MUL_MAT": (2, 2), "SCALE": (1, 1), "SQR": (1, 1), "DUP": (1, 1),
+    "CONT": (1, 1), "CPY": (1, 2), "CONCAT": (1, MAX_SRC), "REPEAT": (1, 1),
+}  # fmt: skip
+"""Least and most sources of each; the second of CPY is where it writes."""
 
 
 def compute(op: str, params: Params, sources: list[Floats], size: int) -> Floats:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from coordinator.ownership.spans import Buffer, Occupancy, Overwrite, Span, occupancy
+from coordinator.report.plots import check_matplotlib
 from coordinator.report.text import show_bytes
 from coordinator.schedule.outline import Outline
 from coordinator.schedule.plan import Plan
@@ -79,10 +80,7 @@ def check_map(path: Path) -> None:
     """Raise UsageError for a kind of file that is not written, or without matplotlib."""
     if path.suffix.lower() not in SUFFIXES:
         raise UsageError(f"--memory-map {path}: expected a file that ends in {' or '.join(SUFFIXES)}")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise UsageError(f"--memory-map {path}: matplotlib is missing: install crossdock[plots]") from None
+    check_matplotlib(f"--memory-map {path}")
 
 
 def map_line(path: Path, found: Occupancy, then: str = "safe ownership copies them first, faithful does not") -> str:

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from rich.table import Table
 
+from coordinator.report.plots import check_matplotlib
 from coordinator.simulate.claims import NO_CLAIM, PROMISES
 from coordinator.simulate.judge import Judged, Verdict
 from coordinator.simulate.verdicts import GroupFigures, Outcome
@@ -109,13 +110,12 @@ def plot_rates(path: Path, points: Mapping[str, Sequence[tuple[float, float]]], 
 
     Raises UsageError without matplotlib, or for a file name that it cannot write.
     """
-    try:
-        import matplotlib as mpl
+    check_matplotlib(f"--plot {path}")
+    import matplotlib as mpl
 
-        mpl.use("Agg")
-        from matplotlib import pyplot as plt
-    except ImportError:
-        raise UsageError('--plot needs matplotlib: pip install "crossdock[plots]"') from None
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
     if path.suffix.lower() not in (".svg", ".png", ".pdf"):
         raise UsageError(f"--plot {path}: expected a name that ends in .svg, .png or .pdf")
     mpl.rcParams["svg.hashsalt"] = "crossdock"  # the same figure from the same rows

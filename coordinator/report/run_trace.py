@@ -74,8 +74,9 @@ class _Clock:
             name, args, category = self._told(number, worker, item)
             self._add(self.devices[worker], name, start, end, args, category)
             if item.kind is Kind.RUN and item.split < len(evaluation.lowered.plan.splits):
-                track = Track(f"{self.prefix}devices", f"{self.names[worker]} arena bytes")
-                self.counters += [Counter(track, start, self.live(number)[item.split]), Counter(track, end, 0)]
+                track = Track(f"{self.prefix}devices", f"{self.names[worker]} arena")
+                live = self.live(number)[item.split]
+                self.counters += [Counter(track, start, live, "bytes"), Counter(track, end, 0, "bytes")]
         return sent
 
     def _told(self, number: int, worker: int, item: Instruction) -> tuple[str, Args, str]:
@@ -135,14 +136,19 @@ class _Clock:
         carried: tuple[float, float],
         received: tuple[float, float],
     ) -> None:
-        """From the sender's slice over the link's to the receiver's; where one took no time it has none."""
+        """From the sender's slice over the link's to the receiver's; where one took no time it has none.
+
+        By the virtual clock a receiver waits until everything is there, so the arrow goes to what it does then: viewers
+        turn an arrow round that goes to a slice which began earlier.
+        """
         points: list[tuple[Track, float]] = []
         if sent is not None and sent[1] > sent[0]:
             points.append((self.devices[transfer.source], sent[0]))
         points.append((link, (carried[0] + carried[1]) / 2))
-        if received[1] > received[0]:
-            copying = carried[1] if self.virtual else carried[0]
-            points.append((self.devices[transfer.target], (max(copying, received[0]) + received[1]) / 2))
+        if self.virtual:
+            points.append((self.devices[transfer.target], received[1]))
+        elif received[1] > received[0]:
+            points.append((self.devices[transfer.target], (max(carried[0], received[0]) + received[1]) / 2))
         if len(points) > 1 and carried[1] > carried[0]:
             self.arrows.append(Arrow(transfer.name, tuple(points)))
 

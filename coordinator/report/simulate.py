@@ -10,14 +10,17 @@ from rich.table import Table
 
 from coordinator.report.plan import memory_table, ranges
 from coordinator.report.text import plain, plural, show_bytes
+from coordinator.simulate.fabric import Pool
 from coordinator.simulate.machine import Machine
 from coordinator.simulate.predict import Cause, Phase, Prediction, causes
-from coordinator.simulate.search import Found
 from coordinator.simulate.series import Load, Series
 from coordinator.simulate.sweep import Point
 
 SHOWN_CAUSES = 4
 """Parts of a phase's critical path that are shown."""
+
+SWEPT = 10
+"""Steps in which a sweep of all layers is proposed."""
 
 _NAMES = {"vision": "image", "prompt": "prompt", "token": "token"}
 _SMALL = 0.005
@@ -73,12 +76,18 @@ def _print_details(console: Console, found: Prediction) -> None:
 
 
 def machine_line(machine: Machine) -> str:
-    """`gpu0 24 GiB at 1,008 GB/s, cpu0 64 GiB at 60 GB/s`."""
+    """`gpu0 24 GiB at 1,008 GB/s, cpu0 64 GiB at 60 GB/s`, and what some of them share."""
     parts = []
     for model in machine.models:
         memory = f"{model.memory_nbytes / (1 << 30):g} GiB " if model.memory_nbytes else ""
         parts.append(f"{model.name} {memory}at {model.bandwidth / 1e9:,.4g} GB/s")
-    return ", ".join(parts)
+    shared = [f"; {_pool_text(pool)} for {len(pool.workers)} of them" for pool in machine.fabric.pools]
+    return ", ".join(parts) + "".join(shared)
+
+
+def _pool_text(pool: Pool) -> str:
+    memory = f" and {pool.memory / 1e9:,.4g} GB/s of weights" if pool.memory else ""
+    return f"{pool.processors:g} processors{memory}"
 
 
 def layers_line(series: Series) -> str:
@@ -246,10 +255,15 @@ def next_line(found: Prediction, traced: bool) -> str:
     hints = []
     if len(found.series.machine.models) > 1:
         hints.append("--search finds the best placement")
-        hints.append("--sweep n-gpu-layers=0..40:4 shows all")
+        hints.append(f"--sweep n-gpu-layers={_all_layers(len(found.series.placement.layers))} shows all")
     if not traced:
         hints.append("--trace FILE shows every copy")
     return f"[bold]next[/]      {'; '.join(hints)}"
+
+
+def _all_layers(most: int) -> str:
+    """`0..31:3`: a dozen numbers of layers, the output counted as one, or all of few."""
+    return f"0..{most}" if most <= SWEPT else f"0..{most}:{round(most / SWEPT)}"
 
 
 def sweep_table(points: Sequence[Point]) -> Table:
@@ -277,37 +291,4 @@ def point_document(point: Point) -> dict[str, Any]:
         "fits": not point.short,
         "short": {memory.device: memory.short for memory in point.short},
         "busiest_link": {"name": point.busiest_link[0], "busy": point.busiest_link[1]},
-    }
-
-
-def search_line(found: Found) -> str:
-    """`--n-gpu-layers 41 --tensor-split 21,20, devices gpu1, gpu0   (57 placements simulated)`."""
-    command = f"--n-gpu-layers {found.n_gpu_layers}"
-    if len(found.counts) > 1 and found.n_gpu_layers:
-        command += f" --tensor-split {','.join(map(str, found.counts))}"
-    order = f", devices in the order {', '.join(found.order)}" if len(found.order) > 1 else ""
-    return plain(f"{command}{order}   ({plural(found.n_tried, 'placement')} simulated)")
-
-
-def limit_lines(found: Found) -> list[str]:
-    """What keeps it from being faster: memory, else where the time goes."""
-    if found.limits:
-        return [
-            f"memory of {plain(limit.device)}: a layer more would be faster and takes {show_bytes(limit.needed)}, "
-            f"{show_bytes(limit.free)} are free"
-            for limit in found.limits
-        ]
-    phase = found.prediction.phases[-1]
-    return [f"{phase.tag}: {plain(line.strip())}" for line in cause_lines(found.prediction, phase)[:2]]
-
-
-def search_document(found: Found) -> dict[str, Any]:
-    """The answer of a search for programs."""
-    return {
-        "order": list(found.order),
-        "n_gpu_layers": found.n_gpu_layers,
-        "tensor_split": list(found.counts),
-        "placements": found.n_tried,
-        "limits": limit_lines(found),
-        **prediction_document(found.prediction),
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from coordinator.report.plots import check_matplotlib
 from coordinator.simulate.sweep import Point, Values, varied
 from protocol.errors import InputError, UsageError
 
@@ -18,10 +19,9 @@ def plot_sweep(path: Path, values: Values, points: Sequence[Point], title: str) 
     """
     if path.suffix.lower() not in SUFFIXES:
         raise UsageError(f"--plot {path}: expected a file that ends in {', '.join(SUFFIXES)}")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UsageError(f"--plot {path}: matplotlib is missing: install crossdock[plots]") from None
+    check_matplotlib(f"--plot {path}")
+    from matplotlib.figure import Figure
+
     axis, *others = varied(values)
     figure = Figure(figsize=(9, 4), layout="constrained")
     rates, waits = figure.subplots(1, 2)

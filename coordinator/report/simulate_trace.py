@@ -116,8 +116,8 @@ class _Shown:
     def queues(self) -> Iterator[Counter]:
         """Evaluations that each device has been given and has not finished."""
         for depth in self.timeline.depths:
-            name = f"{self.series.machine.names[depth.worker]} queue depth"
-            yield Counter(Track("devices", name), depth.time, depth.depth)
+            name = f"{self.series.machine.names[depth.worker]} queue"
+            yield Counter(Track("devices", name), depth.time, depth.depth, "depth")
 
     def memory(self) -> Iterator[Counter]:
         """Bytes of its compute arena that hold something still to be read, as each split begins; 0 between."""
@@ -125,9 +125,9 @@ class _Shown:
             live = self.live[self.program(piece.job)]
             splits = self.series.lowered[self.program(piece.job)].plan.splits
             if piece.do == Do.RUN and piece.split < len(live) and splits[piece.split].backend == piece.worker:
-                track = Track("devices", f"{self.series.machine.names[piece.worker]} arena bytes")
-                yield Counter(track, piece.start, live[piece.split])
-                yield Counter(track, piece.end, 0)
+                track = Track("devices", f"{self.series.machine.names[piece.worker]} arena")
+                yield Counter(track, piece.start, live[piece.split], "bytes")
+                yield Counter(track, piece.end, 0, "bytes")
 
 
 def _at(pieces: list[tl.Slice], starts: list[float], time: float, *, earlier: bool) -> float | None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from enum import StrEnum
 
 from coordinator.graph.node import Graph, Tensor, contiguous_nb, make_graph
 from coordinator.ownership.facts import Finding, Kind
 from coordinator.ownership.shadow import finding
+from protocol.errors import UsageError
 from protocol.ops import Flag
 
 
@@ -30,6 +31,24 @@ def with_leaf_caches(graph: Graph) -> Graph:
             nb = contiguous_nb(t.dtype, t.ne)
             tensors[t.id] = Tensor(t.id, f"{graph.tensors[t.view_src].name} (new leaf)", t.dtype, t.ne, nb)
     return make_graph(graph.name, tensors, graph.expand, graph.pins)
+
+
+def check_pinned_devices(pins: Iterable[tuple[str, str]], devices: Sequence[str]) -> None:
+    """Raises UsageError for a pin to a device that is not there."""
+    for name, device in pins:
+        if device not in devices:
+            raise UsageError(f"--pin {name}={device}: unknown device {device!r}: expected {', '.join(devices)}")
+
+
+def check_pinned_tensors(pins: Iterable[tuple[str, str]], graphs: Sequence[Graph]) -> None:
+    """Raises UsageError for a pin that no graph has the tensor for: it would do nothing."""
+    for name, device in pins:
+        if not any(name in graph.by_name for graph in graphs):
+            where = " or ".join(dict.fromkeys(graph.name for graph in graphs))
+            last = graphs[0].tensors[graphs[0].nodes[-1]].name
+            raise UsageError(
+                f"--pin {name}={device}: unknown tensor in {where}: expected its whole name, such as {last}"
+            )
 
 
 def with_pins(graph: Graph, pins: Iterable[tuple[str, str]]) -> Graph:

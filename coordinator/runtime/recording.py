@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
@@ -125,17 +126,22 @@ class Recorder:
 class RecordingFile:
     """Writes a recording line by line beside `path`, which it takes when it is finished; dropped if it never is.
 
-    Raises InputError when it cannot be written.
+    A device, a pipe or a link (/dev/null, /dev/stdout) is written to as it is, never replaced. Raises InputError when
+    it cannot be written.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.draft = path.with_name(f".{path.name}.{os.getpid()}")
+        self.draft: Path | None = None
         self.n_tensors = 0
         try:
             if path.is_dir():
                 raise IsADirectoryError(0, "it is a folder")
-            self.file: TextIO = self.draft.open("x", encoding="utf-8")
+            if path.is_symlink() or (path.exists() and not path.is_file()):
+                self.file: TextIO = path.open("w", encoding="utf-8")
+            else:
+                self.draft = path.with_name(f".{path.name}.{os.getpid()}")
+                self.file = self.draft.open("x", encoding="utf-8")
         except OSError as error:
             raise InputError(f"--record {path}: cannot be written: {error.strerror}") from None
 
@@ -143,8 +149,10 @@ class RecordingFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.file.close()
-        self.draft.unlink(missing_ok=True)
+        with suppress(OSError):  # what could not be written has been told
+            self.file.close()
+        if self.draft is not None:
+            self.draft.unlink(missing_ok=True)
 
     def begin(self, head: Header) -> None:
         """The first line."""
@@ -160,7 +168,8 @@ class RecordingFile:
         self._line(_end(self.n_tensors, tokens, stopped))
         try:
             self.file.close()
-            self.draft.replace(self.path)
+            if self.draft is not None:
+                self.draft.replace(self.path)
         except OSError as error:
             raise InputError(f"--record {self.path}: cannot be written: {error.strerror}") from None
 

@@ -24,7 +24,14 @@ from coordinator.runtime.fleet import Fleet
 from coordinator.runtime.inputs import Array, CrossMasks, text_inputs, vision_inputs, vision_inputs_2024
 from coordinator.runtime.memory import HANDLES, Budget, Memory, Progress
 from coordinator.runtime.one_token import OneToken
-from coordinator.runtime.quirks import Quirk, lost_image, with_leaf_caches, with_pins
+from coordinator.runtime.quirks import (
+    Quirk,
+    check_pinned_devices,
+    check_pinned_tensors,
+    lost_image,
+    with_leaf_caches,
+    with_pins,
+)
 from coordinator.runtime.stopwatch import Stopwatch
 from coordinator.runtime.taps import Tap, check_patterns, compile_patterns
 from coordinator.schedule.lower import Home, Keep
@@ -114,6 +121,7 @@ class Session:
         self.stopwatch: Stopwatch | None = None
         self.n_ctx = _context_size(params, options.n_ctx)
         self.devices = devices_of(topology)
+        check_pinned_devices(options.pins, [device.name for device in self.devices])
         memory = [spec.memory for spec in topology.workers]
         self.placement: Placement = plan_placement(self.devices, memory, params.text.n_layer, options.placement)
         check_overrides(options.placement, model.weights)
@@ -160,7 +168,9 @@ class Session:
             self._language_graph(n_tokens, self.n_ctx, write=True),
             self._language_graph(1, self.n_ctx, write=False),
         ]
-        check_patterns(self.taps, [*([] if vision is None else [vision]), *graphs])
+        planned = [*([] if vision is None else [vision]), *graphs]
+        check_patterns(self.taps, planned)
+        check_pinned_tensors(self.options.pins, planned)
         if vision is not None:
             vision = self._vision_graph()
             self.schedulers[0].reserve(vision)

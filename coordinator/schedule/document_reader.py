@@ -56,7 +56,7 @@ def _parse(source: str | bytes | Mapping[str, Any]) -> Json:
     if isinstance(source, (str, bytes)):
         try:
             source = json.loads(source)
-        except (ValueError, UnicodeDecodeError) as error:
+        except (ValueError, UnicodeDecodeError, RecursionError) as error:
             raise PlanError(f"document: not JSON: {error}") from None
     return _object(source, "document")
 

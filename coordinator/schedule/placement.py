@@ -133,7 +133,7 @@ def _bounds(accelerators: int, memory: Sequence[int | None], split: Sequence[flo
         raise UsageError(f"--tensor-split {shown}: expected {accelerators} proportions, not negative and not all 0")
     limits = [memory[i] for i in range(accelerators)]
     shares = list(split) or [float(limit) for limit in limits if limit is not None]
-    if len(shares) != accelerators:
+    if len(shares) != accelerators or not sum(shares):  # no memory at all: what does not fit is told by who counts it
         shares = [1.0] * accelerators
     total, running, bounds = sum(shares), 0.0, []
     for share in shares:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from coordinator.simulate.hardware import Cost, Toll, Work
 
-_TERMS: Final = ("op_s", "weight_s", "missed_s", "byte_s", "flop_s", "missed_op_s")
+_TERMS: Final = ("op_s", "weight_s", "missed_s", "byte_s", "flop_s", "missed_op_s", "line_s", "exp_s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,8 @@ def fit_cost(samples: Sequence[Sample]) -> Cost:
 def _features(sample: Sample) -> tuple[float, ...]:
     work = sample.work
     hot, cold = (0, work.weight_nbytes) if sample.missed else (work.weight_nbytes, 0)
-    return 1.0, hot, cold, work.read_nbytes + work.write_nbytes, work.flops, float(sample.missed)
+    moved = work.read_nbytes + work.write_nbytes + work.hidden_nbytes
+    return 1.0, hot, cold, moved, work.flops, float(sample.missed), work.lines, work.exps
 
 
 def _non_negative(rows: NDArray[np.float64], seconds: NDArray[np.float64]) -> list[float]:
@@ -83,12 +84,19 @@ def line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
     return constant, slope
 
 
-def fit_mixed(samples: Sequence[tuple[Sequence[Work], float, bool]], costs: Mapping[str, Cost]) -> Toll:
+def fit_mixed(
+    mixtures: Sequence[tuple[Sequence[Work], float, bool]], costs: Mapping[str, Cost], samples: Sequence[Sample] = ()
+) -> Toll:
     """What an operation costs more among others than after its own kind: middle of what mixtures (works, seconds,
-    missed) say, in the cache and from memory; nothing below zero."""
+    missed) say, in the cache and from memory; nothing below zero.
+
+    Where there is a sample of the same work alone it counts, and not what was fitted: of differences as small as these
+    a fit's errors would be most.
+    """
+    known = {(sample.work, sample.missed): sample.seconds for sample in samples}
     found: dict[bool, list[float]] = {False: [0.0], True: [0.0]}
-    for works, seconds, missed in samples:
-        alone_s = sum(costs[work.key].seconds(work, float(missed)) for work in works)
+    for works, seconds, missed in mixtures:
+        alone_s = sum(known.get((work, missed)) or costs[work.key].seconds(work, float(missed)) for work in works)
         found[missed].append((seconds - alone_s) / len(works))
     hot, cold = (max(0.0, median(found[missed][1:] or found[missed])) for missed in (False, True))
     return Toll(hot, max(0.0, cold - hot))

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from coordinator.simulate.calibrate_cases import AUX, WEIGHTS, Case, Room
+from coordinator.simulate.calibrate_cases import alone, cases
+from coordinator.simulate.calibrate_room import AUX, WEIGHTS, Case, Room
 from protocol.dtypes import DType
 from protocol.ops import GluOp, Op
 from protocol.program import OperandRef, OpRecord
@@ -46,9 +47,14 @@ SMALL: Final = (Shape(128, 384, 32, 4, 4, 96, DType.Q8_0), Shape(192, 512, 32, 6
 """Layers of which a few fit into the nearest caches."""
 LARGE: Final = (Shape(512, 1408, 64, 8, 4, 256, DType.Q8_0), Shape(768, 2048, 64, 12, 4, 128, DType.Q4_1),
                 Shape(1024, 2816, 64, 16, 8, 256, DType.F16))  # fmt: skip
-"""Layers that are read from memory."""
-_HOT_NBYTES: Final = 1 << 19
+"""Layers of which a step in a chain reads many, to drive everything else out of the caches."""
+MIDDLE: Final = (Shape(256, 704, 64, 4, 2, 128, DType.Q8_0), Shape(384, 1024, 64, 6, 2, 128, DType.Q4_1))
+"""Layers that are read from memory, and in which what operations cost among others still shows: of a layer with more
+weights it is less than what memory's rate varies by."""
+_HOT_NBYTES: Final = 3 << 18
 _BEFORE: Final = 8
+_OPS: Final = 19
+"""Of a layer."""
 
 
 def layer_cases(room: Room) -> Iterator[Case]:
@@ -58,9 +64,19 @@ def layer_cases(room: Room) -> Iterator[Case]:
     """
     for shape in SMALL:
         yield Case(f"few layers of {shape}", layers(room, shape, _HOT_NBYTES), before=_BEFORE)
-    for shape in LARGE:
+    for shape in MIDDLE:
         if shape.nbytes <= room.cold_nbytes:
             yield Case(f"layers of {shape} from memory", layers(room, shape, room.cold_nbytes), missed=True)
+
+
+def every_case(room: Room, *, quick: bool = False) -> Iterator[Case]:
+    """The cases of single kinds, and those of the products and attention that layers have, each once."""
+    known: set[str] = set()
+    parts = (case for mixture in layer_cases(room) for case in alone(room, mixture.ops[:_OPS], missed=mixture.missed))
+    for case in (*cases(room, quick=quick), *parts):
+        if case.name not in known:
+            known.add(case.name)
+            yield case
 
 
 def layers(room: Room, shape: Shape, nbytes: int) -> tuple[OpRecord, ...]:

@@ -24,7 +24,7 @@ class Link:
 class Calibration:
     """Everything that was measured of one machine. `about` are lines for people; `copy_rate` in bytes/s, `flops` the
     fastest product's FLOP/s. `step` is what a step takes, `first` and `split` its first run of ops on a worker and each
-    later one, `mixed` an operation among others."""
+    later one, `mixed` an operation among others. `processors` compute for so many workers at once."""
 
     about: tuple[str, ...]
     costs: Mapping[str, Cost]
@@ -35,11 +35,12 @@ class Calibration:
     cache_nbytes: int
     copy_rate: float
     flops: float
+    processors: float
 
 
 def system_text(found: Calibration, workers: Sequence[tuple[str, bool, int, int]]) -> str:
     """The machine with these devices: name, whether an accelerator, alignment, bytes of memory (0: no limit)."""
-    lines = [*(f"# {text}" for text in found.about), "schema = 1"]
+    lines = [*(f"# {text}" for text in found.about), "schema = 1", f"processors = {found.processors:g}"]
     for name, accelerator, alignment, memory in workers:
         lines += ["", "[[device]]", f'name = "{name}"', 'class = "cpu"']
         lines += ["accelerator = true"] if accelerator else []
@@ -106,6 +107,9 @@ def _numbers(cost: Cost) -> Iterator[tuple[str, float]]:
     ):  # fmt: skip
         if per > 0.0:
             yield key, 1e-9 / per
+    for key, each in (("line_ns", cost.line_s), ("exp_ns", cost.exp_s)):
+        if each > 0.0:
+            yield key, each * 1e9
 
 
 def _inline(values: Mapping[str, float] | Iterator[tuple[str, float]]) -> str:

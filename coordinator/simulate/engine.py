@@ -3,80 +3,46 @@
 from __future__ import annotations
 
 import heapq
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from coordinator.simulate.fabric import Fabric
 from coordinator.simulate.flows import CLOCK_EPS, Flow, FlowNet
-from coordinator.simulate.timed import Act, Do, Job, Timed
-from coordinator.simulate.timeline import Carried, Depth, Ran, Slice, Timeline, WorkerTotals
+from coordinator.simulate.pool import Demands, Pools, Task
+from coordinator.simulate.state import Evaluations, Parts, Running, Worker
+from coordinator.simulate.timed import Do, Job, Timed
+from coordinator.simulate.timeline import Carried, Depth, Ran, Slice, Tally, Timeline
 from protocol.errors import PlanError
 
 _RUN, _COPY, _SEND, _RECV, _WAIT, _OUT = (int(do) for do in Do)
-_CONTINUE, _LEFT, _ARRIVED, _RELEASE = range(4)
+_CONTINUE, _LEFT, _ARRIVED, _RELEASE, _COMPUTED = range(5)
 _POSTED, _SENT, _GONE, _HERE = 1, 2, 4, 8  # state of a hop, bits
-
-
-class _Worker:
-    """A queue of evaluations, and where in the first of them the worker is."""
-
-    __slots__ = ("acts", "blocked", "index", "is_async", "job", "pc", "queue", "since", "totals")
-
-    def __init__(self, index: int, is_async: bool) -> None:
-        self.index, self.is_async = index, is_async
-        self.queue: deque[_Running] = deque()
-        self.job: _Running | None = None
-        self.acts: tuple[Act, ...] = ()
-        self.pc, self.since = 0, 0.0
-        self.blocked = -1  # the hop it waits for
-        self.totals = WorkerTotals()
-
-
-class _Running:
-    """An evaluation under way: the state of its hops, and what is not finished yet."""
-
-    __slots__ = ("hops", "number", "open", "parts", "sequence", "timed")
-
-    def __init__(self, number: int, timed: Timed, sequence: _Sequence, parts: _Parts) -> None:
-        self.number, self.timed, self.sequence, self.parts = number, timed, sequence, parts
-        self.hops = bytearray(len(timed.hops))
-        self.open = len(parts)
-
-
-_Parts = list[tuple[_Worker, tuple[Act, ...]]]
-"""The workers that take part in a program, and what they do."""
-
-
-class _Sequence:
-    """Evaluations in order, and those of them that are under way."""
-
-    __slots__ = ("jobs", "next", "number", "running")
-
-    def __init__(self, number: int, jobs: Iterator[Job]) -> None:
-        self.number, self.jobs = number, jobs
-        self.running = 0
-        self.next = next(jobs, None)
 
 
 class Engine:
     """One simulation over `is_async` workers (True: copies overlap with computing). Lives as long as one `run`.
 
-    A worker runs the evaluations it is given one after the other. A transfer starts when its sender has reached SEND
-    and its receiver RECV; a receiver with asynchronous copies takes all transfers of a split at once, and in buffered
-    programs before it gets there. A sender goes on unless neither side is asynchronous. WAIT ends when the bytes have
-    left. `check` asserts causality, no medium or worker over 100 %, and bytes in = bytes out; `record` keeps slices.
+    A worker runs the evaluations it is given one after the other; those of a pool share its processors and its memory,
+    of which they ask for `demands`. A transfer starts when its sender has reached SEND and its receiver RECV; a
+    receiver with asynchronous copies takes all transfers of a split at once, and in buffered programs before it gets
+    there. A sender goes on unless neither side is asynchronous. WAIT ends when the bytes have left. `check` asserts
+    causality, no medium or worker over 100 %, and bytes in = bytes out; `record` keeps every evaluation, slice and
+    transfer, without which memory does not grow with the time simulated.
     """
 
     def __init__(
-        self, is_async: Sequence[bool], fabric: Fabric, *, seed: int = 0, check: bool = False, record: bool = False
-    ) -> None:
+        self, is_async: Sequence[bool], fabric: Fabric, *, seed: int = 0, check: bool = False, record: bool = False,
+        demands: Demands = (),
+    ) -> None:  # fmt: skip
         self.fabric, self.check, self.record = fabric, check, record
-        self.workers = [_Worker(index, value) for index, value in enumerate(is_async)]
+        self.workers = [Worker(index, value) for index, value in enumerate(is_async)]
         self.net = FlowNet(fabric, self._when_left, seed=seed, check=check)
+        self.pools, self.demands = Pools(fabric, self._when_computed), demands
+        for worker in self.workers:
+            worker.is_pooled = worker.index in self.pools.of_worker
         self.heap: list[tuple[float, int, int, Any, int]] = []
         self.serial = self.n_jobs = 0
-        self.parts: list[_Parts] = []
+        self.parts: list[Parts] = []
         self.out = Timeline((), fabric, workers=[worker.totals for worker in self.workers])
 
     def run(self, programs: Sequence[Timed], sequences: Iterable[Iterable[Job]]) -> Timeline:
@@ -89,7 +55,7 @@ class Engine:
             [(worker, acts) for worker, acts in zip(self.workers, timed.workers, strict=True) if acts]
             for timed in programs
         ]
-        everything = [_Sequence(number, iter(jobs)) for number, jobs in enumerate(sequences)]
+        everything = [Evaluations(number, iter(jobs)) for number, jobs in enumerate(sequences)]
         for sequence in everything:
             self._release(sequence, 0.0, -1)
         heap, now, n = self.heap, 0.0, 0
@@ -98,11 +64,15 @@ class Engine:
             assert not self.check or time >= now, "time ran backwards"
             if what == _LEFT and not self.net.leave(item, extra, time):
                 continue
+            if what == _COMPUTED and not self.pools.end(item, extra, time):
+                continue
             now, n = time, n + 1
             if what == _CONTINUE:
                 self._advance(item, now)
             elif what == _LEFT:
                 self._left(item, now)
+            elif what == _COMPUTED:
+                self._computed(self.workers[item.worker], now)
             elif what == _ARRIVED:
                 self._arrived(item, now)
             else:
@@ -117,17 +87,22 @@ class Engine:
     def _when_left(self, time: float, flow: Flow, version: int) -> None:
         self._push(time, _LEFT, flow, version)
 
-    def _release(self, sequence: _Sequence, now: float, cause: int) -> None:
+    def _when_computed(self, time: float, task: Task, version: int) -> None:
+        self._push(time, _COMPUTED, task, version)
+
+    def _release(self, sequence: Evaluations, now: float, cause: int) -> None:
         """Release the sequence's next evaluations, as many as their windows allow."""
         while (spec := sequence.next) is not None and sequence.running < spec.window:
-            running = _Running(self.n_jobs, self.out.programs[spec.program], sequence, self.parts[spec.program])
-            self.out.jobs.append(Ran(spec.program, sequence.number, spec.tag, now + spec.gap_s, -1.0, cause))
+            timed, parts, released = self.out.programs[spec.program], self.parts[spec.program], now + spec.gap_s
+            running = Running(self.n_jobs, spec, timed, sequence, parts, released)
+            if self.record:
+                self.out.jobs.append(Ran(spec.program, sequence.number, spec.tag, released, -1.0, cause))
             self.n_jobs += 1
             sequence.running += 1
             sequence.next = next(sequence.jobs, None)
-            self._push(now + spec.gap_s, _RELEASE, running)
+            self._push(released, _RELEASE, running)
 
-    def _start(self, job: _Running, now: float) -> None:
+    def _start(self, job: Running, now: float) -> None:
         """Hand an evaluation to every worker that takes part."""
         if not job.open:
             self._complete(job, now)
@@ -140,12 +115,12 @@ class Engine:
                 self._next_job(worker)
                 self._advance(worker, now)
 
-    def _next_job(self, worker: _Worker) -> None:
+    def _next_job(self, worker: Worker) -> None:
         worker.job = worker.queue[0] if worker.queue else None
         worker.acts = worker.job.timed.workers[worker.index] if worker.job else ()
         worker.pc = 0
 
-    def _advance(self, worker: _Worker, now: float) -> None:
+    def _advance(self, worker: Worker, now: float) -> None:
         """Run the worker's instructions until one of them takes time."""
         while (job := worker.job) is not None:
             acts, hops = worker.acts, job.hops
@@ -153,6 +128,11 @@ class Engine:
                 do, seconds, hop, split = acts[worker.pc]
                 if do <= _COPY:
                     worker.pc += 1
+                    if seconds > 0.0 and worker.is_pooled:
+                        worker.since = now
+                        demand = self.demands[job.program][worker.index] if self.demands else 0.0
+                        self.pools.start(worker.index, seconds, demand, now)
+                        return
                     if seconds > 0.0:
                         worker.totals.busy_s += seconds
                         if self.record:
@@ -180,10 +160,19 @@ class Engine:
             if not job.open:
                 self._complete(job, now)
 
-    def _is_async_target(self, job: _Running, hop: int) -> bool:
+    def _computed(self, worker: Worker, now: float) -> None:
+        """The worker has done its part on shared processors, however long that took."""
+        worker.totals.busy_s += now - worker.since
+        if self.record:
+            assert worker.job is not None
+            act = worker.acts[worker.pc - 1]
+            self.out.slices.append(Slice(worker.index, worker.since, now, act.do, worker.job.number, act.split, -1))
+        self._advance(worker, now)
+
+    def _is_async_target(self, job: Running, hop: int) -> bool:
         return self.workers[job.timed.hops[hop].target].is_async
 
-    def _send(self, worker: _Worker, job: _Running, hop: int, now: float, *, out: bool) -> None:
+    def _send(self, worker: Worker, job: Running, hop: int, now: float, *, out: bool) -> None:
         hops = job.hops
         assert not hops[hop] & _SENT, "a transfer was sent twice"
         if out:
@@ -194,7 +183,7 @@ class Engine:
         if hops[hop] & _POSTED:
             self._carry(job, hop, now, worker.index)
 
-    def _post(self, worker: _Worker, job: _Running, now: float) -> None:
+    def _post(self, worker: Worker, job: Running, now: float) -> None:
         """The receiver is ready for the transfer it has come to; with asynchronous copies for all of the split."""
         for act in worker.acts[worker.pc :]:
             if act.do == _WAIT and job.hops[act.hop] & _GONE:
@@ -208,13 +197,13 @@ class Engine:
             if not worker.is_async:
                 break
 
-    def _carry(self, job: _Running, hop: int, now: float, by: int) -> None:
+    def _carry(self, job: Running, hop: int, now: float, by: int) -> None:
         spec = job.timed.hops[hop]
         self.net.submit(spec.route, spec.nbytes, now, job, hop, by, spec.slower)
 
     def _left(self, flow: Flow, now: float) -> None:
         """The last byte is on its way: the sender's loan is back."""
-        job: _Running = flow.job
+        job: Running = flow.job
         spec = job.timed.hops[flow.hop]
         job.hops[flow.hop] |= _GONE
         self._push(now + flow.latency + spec.extra_s, _ARRIVED, flow)
@@ -223,7 +212,7 @@ class Engine:
             self._resume(sender, job, now)
 
     def _arrived(self, flow: Flow, now: float) -> None:
-        job: _Running = flow.job
+        job: Running = flow.job
         flow.arrived = now
         job.hops[flow.hop] |= _HERE
         if self.record:
@@ -240,7 +229,7 @@ class Engine:
         if receiver.blocked == flow.hop and receiver.job is job and receiver.acts[receiver.pc].do == _RECV:
             self._resume(receiver, job, now)
 
-    def _resume(self, worker: _Worker, job: _Running, now: float) -> None:
+    def _resume(self, worker: Worker, job: Running, now: float) -> None:
         """What the worker waited for has happened."""
         act, waited = worker.acts[worker.pc], now - worker.since
         assert waited >= 0.0, "causality"
@@ -257,14 +246,19 @@ class Engine:
         worker.pc += 1
         self._advance(worker, now)
 
-    def _complete(self, job: _Running, now: float) -> None:
-        self.out.jobs[job.number] = self.out.jobs[job.number]._replace(end=now)
+    def _complete(self, job: Running, now: float) -> None:
+        tally = self.out.tallies.get(job.tag)
+        if tally is None:
+            tally = self.out.tallies[job.tag] = Tally()
+        tally.add(job.released, now)
+        if self.record:
+            self.out.jobs[job.number] = self.out.jobs[job.number]._replace(end=now)
         if self.check:
             assert not job.hops.strip(bytes([_POSTED | _SENT | _GONE | _HERE])), "a transfer is not accounted for"
         job.sequence.running -= 1
         self._release(job.sequence, now, job.number)
 
-    def _finish(self, everything: Sequence[_Sequence], now: float, n_events: int) -> None:
+    def _finish(self, everything: Sequence[Evaluations], now: float, n_events: int) -> None:
         stuck = next((worker for worker in self.workers if worker.job is not None), None)
         if stuck is not None or any(sequence.running for sequence in everything):
             raise PlanError(f"the programs wait for each other for ever{_stuck(stuck)}")
@@ -290,7 +284,7 @@ class Engine:
             assert busy <= now + slack, "a link was busy over 100 %"
 
 
-def _stuck(worker: _Worker | None) -> str:
+def _stuck(worker: Worker | None) -> str:
     if worker is None or worker.job is None:
         return ""
     act = worker.acts[worker.pc]
@@ -307,6 +301,7 @@ def simulate(
     seed: int = 0,
     check: bool = False,
     record: bool = False,
+    demands: Demands = (),
 ) -> Timeline:
     """One simulation from start to end (see Engine)."""
-    return Engine(is_async, fabric, seed=seed, check=check, record=record).run(programs, sequences)
+    return Engine(is_async, fabric, seed=seed, check=check, record=record, demands=demands).run(programs, sequences)

@@ -1,4 +1,4 @@
-"""Who can send to whom, over which link, and which media links share: what the engine knows of a network."""
+"""Who can send to whom, over which link, and what links and workers share: what the engine knows of a machine."""
 
 from __future__ import annotations
 
@@ -31,13 +31,25 @@ class Route:
 
 
 @dataclass(frozen=True, slots=True)
+class Pool:
+    """Workers on one machine: so many `processors` compute for all of them, 1.5 of them where two get half as much more
+    done than one, and its `memory` delivers so many bytes/s to all; 0: as many as they ask for."""
+
+    processors: float
+    workers: frozenset[int]
+    memory: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Fabric:
-    """Routes, their indices by (from, to) worker, and the bytes/s of each shared medium."""
+    """Routes, their indices by (from, to) worker, the bytes/s of each shared medium, and workers that share processors:
+    in at most one pool each, in none where they have processors of their own."""
 
     routes: tuple[Route, ...]
     index: Mapping[tuple[int, int], int]
     capacity: tuple[float, ...] = ()
     media: tuple[str, ...] = ()
+    pools: tuple[Pool, ...] = ()
 
     def between(self, source: int, target: int) -> Route:
         """The route from one worker to another. Raises KeyError when there is none."""

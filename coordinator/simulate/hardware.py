@@ -35,6 +35,10 @@ class Work:
     `weight_nbytes` and `n_weights` the matrix that is read once; `read_nbytes` and `write_nbytes` everything else that
     is read and written; `flops` counts a multiplication and its addition as two; `rows` are the columns of the
     right-hand side, tokens in a language model.
+
+    Three more that measured costs count and laws do not: `hidden_nbytes` of activations that are read while a device
+    computes, `lines` of values that are worked on one after the other (of matrix times matrix: every result is one),
+    `exps`: exponentials, sines, cosines.
     """
 
     kind: str
@@ -46,6 +50,9 @@ class Work:
     flops: int = 0
     rows: int = 1
     op: str = ""
+    hidden_nbytes: int = 0
+    lines: int = 0
+    exps: int = 0
 
     @property
     def key(self) -> str:
@@ -58,7 +65,8 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What an op was measured to cost: seconds per op, byte of weights, other byte and FLOP, all of which add up.
+    """What an op was measured to cost: seconds per op, byte of weights, other byte, FLOP, line of values and
+    exponential, all of which add up.
 
     `weight_s` is for weights that lie in the cache, `missed_s` for those that have to come from memory, and
     `missed_op_s` what an op costs more then, however many they are.
@@ -70,12 +78,14 @@ class Cost:
     byte_s: float = 0.0
     flop_s: float = 0.0
     missed_op_s: float = 0.0
+    line_s: float = 0.0
+    exp_s: float = 0.0
 
     def seconds(self, work: Work, missed: float = 0.0) -> float:
         """How long `work` takes when this share of its weights is not in the cache."""
         weight_s = self.weight_s + missed * max(0.0, self.missed_s - self.weight_s)
-        moved = work.read_nbytes + work.write_nbytes
-        op_s = self.op_s + missed * self.missed_op_s
+        moved = work.read_nbytes + work.write_nbytes + work.hidden_nbytes
+        op_s = self.op_s + missed * self.missed_op_s + work.lines * self.line_s + work.exps * self.exp_s
         return op_s + work.weight_nbytes * weight_s + moved * self.byte_s + work.flops * self.flop_s
 
 

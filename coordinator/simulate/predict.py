@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from coordinator.simulate.critical import Part, critical_path
 from coordinator.simulate.engine import simulate
+from coordinator.simulate.pool import demands_of
 from coordinator.simulate.series import Series
 from coordinator.simulate.timed import Do
 from coordinator.simulate.timeline import Timeline
@@ -67,15 +68,16 @@ def predict(series: Series, *, seed: int = 0, check: bool = False) -> Prediction
     timeline = simulate(
         [model.async_copies for model in machine.models], machine.fabric, series.programs,
         [series.jobs] * load.n_requests, seed=seed, check=check, record=True,
+        demands=demands_of(series.lowered, series.programs, machine.models) if machine.fabric.pools else (),
     )  # fmt: skip
-    phases = tuple(phase for tag in PHASES if (phase := _phase(timeline, tag)).n)
+    phases = tuple(_phase(timeline, tag) for tag in PHASES if tag in timeline.tallies)
     spans = {phase.tag: phase.seconds for phase in phases}
-    many = load.batch * load.n_requests
+    many, images = load.batch * load.n_requests, timeline.tallies.get("vision")
     return Prediction(
         series,
         timeline,
-        encode_s=_mean(job.end - job.released for job in timeline.jobs if job.tag == "vision"),
-        first_token_s=max(job.end for job in timeline.jobs if job.tag == "prompt"),
+        encode_s=images.seconds / images.n if images is not None else 0.0,
+        first_token_s=timeline.tallies["prompt"].last_s,
         prompt_rate=load.n_prompt * many / spans["prompt"] if spans.get("prompt") else 0.0,
         decode_rate=load.n_predict * many / spans["token"] if spans.get("token") else 0.0,
         end_s=timeline.end_s,
@@ -83,14 +85,9 @@ def predict(series: Series, *, seed: int = 0, check: bool = False) -> Prediction
     )
 
 
-def _mean(values: Iterable[float]) -> float:
-    found = list(values)
-    return sum(found) / len(found) if found else 0.0
-
-
 def _phase(timeline: Timeline, tag: str) -> Phase:
     jobs, span = timeline.jobs, timeline.span(tag)
-    n = sum(job.tag == tag for job in jobs)
+    n = timeline.tallies[tag].n
     busy = [0.0] * len(timeline.workers)
     for piece in timeline.slices:
         if piece.do in (Do.RUN, Do.COPY) and jobs[piece.job].tag == tag:

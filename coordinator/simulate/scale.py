@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from coordinator.model.presets import Blueprint
 from coordinator.simulate.engine import simulate
 from coordinator.simulate.fabric import Fabric, Route
 from coordinator.simulate.machine import Machine
+from coordinator.simulate.pool import Demands, demands_of
 from coordinator.simulate.predict import PHASES
 from coordinator.simulate.series import Load, Options, Series, make_series
-from coordinator.simulate.timed import Timed
+from coordinator.simulate.timed import Job, Timed
 from coordinator.simulate.timeline import Timeline
 from protocol.errors import UsageError
 
@@ -125,13 +126,30 @@ def run_pipelines(series: Series, pipelines: int, requests: int, *, seed: int = 
     programs = [
         _copy(timed, stages, p, pipelines, machine.fabric) for p in range(pipelines) for timed in series.programs
     ]
-    jobs = [
-        tuple(job._replace(program=job.program + p * n_programs) for job in series.jobs) for p in range(pipelines)
-    ]  # fmt: skip
     is_async = [model.async_copies for model in machine.models[:-1]] * pipelines + [machine.models[-1].async_copies]
+    requested = (_shifted(series.jobs, k % pipelines * n_programs) for k in range(requests))
     return simulate(
-        is_async, fabric, programs, (jobs[k % pipelines] for k in range(requests)), seed=seed, check=check
-    )  # fmt: skip
+        is_async, fabric, programs, requested, seed=seed, check=check, demands=_demands(series, stages, pipelines)
+    )
+
+
+def _demands(series: Series, stages: int, pipelines: int) -> Demands:
+    """What the copies of each program ask of the memory, where workers share it."""
+    if not any(pool.memory for pool in series.machine.fabric.pools):
+        return ()
+    found: list[tuple[float, ...]] = []
+    for p in range(pipelines):
+        for demand in demands_of(series.lowered, series.programs, series.machine.models):
+            row = [0.0] * (stages * pipelines + 1)
+            for worker, asked in enumerate(demand):
+                row[_worker(worker, stages, p, pipelines)] = asked
+            found.append(tuple(row))
+    return found
+
+
+def _shifted(jobs: Sequence[Job], first: int) -> Iterator[Job]:
+    """A copy of a series' jobs, made as they are asked for: there may be a thousand copies."""
+    return (job._replace(program=job.program + first) for job in jobs)
 
 
 def _worker(worker: int, stages: int, pipeline: int, pipelines: int) -> int:
@@ -140,14 +158,19 @@ def _worker(worker: int, stages: int, pipeline: int, pipelines: int) -> int:
 
 
 def _fabric(fabric: Fabric, stages: int, pipelines: int) -> Fabric:
-    """Routes of every pipeline; media that have a segment's name are everybody's."""
+    """Routes of every pipeline; media that have a segment's name are everybody's, and so are processors."""
     routes: list[Route] = []
     index = {}
-    for p in range(pipelines):
+    everybody = range(pipelines)
+    for p in everybody:
         for (a, b), number in fabric.index.items():
             index[_worker(a, stages, p, pipelines), _worker(b, stages, p, pipelines)] = p * len(fabric.routes) + number
         routes += [replace(route, name=f"{route.name} ({p})") if pipelines > 1 else route for route in fabric.routes]
-    return Fabric(tuple(routes), index, fabric.capacity, fabric.media)
+    pools = tuple(
+        replace(pool, workers=frozenset(_worker(k, stages, p, pipelines) for k in pool.workers for p in everybody))
+        for pool in fabric.pools
+    )
+    return Fabric(tuple(routes), index, fabric.capacity, fabric.media, pools)
 
 
 def _copy(timed: Timed, stages: int, pipeline: int, pipelines: int, fabric: Fabric) -> Timed:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from itertools import permutations
 
 from coordinator.model.presets import Blueprint
-from coordinator.simulate.fabric import Fabric
 from coordinator.simulate.machine import Machine
 from coordinator.simulate.predict import Prediction, predict
 from coordinator.simulate.series import Load, Options, Series, make_series
@@ -41,13 +40,15 @@ class Limit:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The best placement, what it comes to, how many were simulated, and which memories keep it from being better."""
+    """The best placement for `goal`, what it comes to, how many were simulated, and which memories keep it from being
+    better."""
 
     order: tuple[str, ...]
     counts: Counts
     prediction: Prediction
     n_tried: int
     limits: tuple[Limit, ...]
+    goal: str = "tokens"
 
     @property
     def n_gpu_layers(self) -> int:
@@ -78,7 +79,7 @@ def search(blueprint: Blueprint, machine: Machine, options: Options, load: Load,
     if found.series.short:
         short = max(found.series.short, key=lambda memory: memory.short)
         raise CapacityError(f"--search: nothing fits: at best {short.device} is {short.short:,} bytes short")
-    return Found(best.machine.names[:-1], best.best, found, n_tried, _limits(best, found))
+    return Found(best.machine.names[:-1], best.best, found, n_tried, _limits(best, found), goal)
 
 
 def reorder(machine: Machine, order: Sequence[int]) -> Machine:
@@ -86,7 +87,8 @@ def reorder(machine: Machine, order: Sequence[int]) -> Machine:
     order = (*order, len(machine.models) - 1)
     new = {old: k for k, old in enumerate(order)}
     index = {(new[a], new[b]): route for (a, b), route in machine.fabric.index.items()}
-    fabric = Fabric(machine.fabric.routes, index, machine.fabric.capacity, machine.fabric.media)
+    pools = tuple(replace(p, workers=frozenset(new[k] for k in p.workers)) for p in machine.fabric.pools)
+    fabric = replace(machine.fabric, index=index, pools=pools)
     return Machine(tuple(machine.models[k] for k in order), tuple(machine.devices[k] for k in order), fabric)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import Final
 
 from coordinator.graph.language import CrossState, build_language
 from coordinator.graph.node import Graph
@@ -25,6 +26,10 @@ KV_PADDING = 256
 """The language graph reads the cache in multiples of this, so that one plan serves many tokens."""
 
 DEFAULT_CTX = 4096
+
+
+MOST: Final = {"images": 256, "batch": 4096, "requests": 4096}
+"""More of a request than this is no request that anybody has, and would be simulated for hours."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +217,11 @@ class _Maker:
 
 
 def context(trained: int, wanted: int, load: Load) -> int:
-    """Positions of a sequence's cache: `wanted`, or for 0 what `load` needs. Raises UsageError for too many."""
+    """Positions of a sequence's cache: `wanted`, or for 0 what `load` needs. Raises UsageError for too many, and for a
+    load that is too large."""
+    for what, n in (("images", load.n_images), ("batch", load.batch), ("requests", load.n_requests)):
+        if n > MOST[what]:
+            raise UsageError(f"--{what} {n}: expected at most {MOST[what]}")
     needed = load.n_prompt + load.n_predict
     if wanted > trained:
         raise UsageError(f"--ctx-size {wanted}: the model was trained for at most {trained} tokens")

@@ -8,9 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
+from coordinator.simulate.fabric import Pool
 from coordinator.simulate.hardware import CLASSES, FAMILIES, KINDS, Cost, DeviceModel, System
 from coordinator.simulate.known import constants, find_spec, specs
 from coordinator.simulate.law import NOW, Spec, device_of
+from coordinator.simulate.machine import Machine
 from coordinator.simulate.tables import Table, only_keys, read_toml, tables_of
 from coordinator.simulate.work import OUTPUT
 from protocol.dtypes import DType
@@ -33,6 +35,7 @@ def presets(year: float = NOW) -> Mapping[str, DeviceModel]:
 def load_system(path: Path) -> System:
     """A machine from TOML: `schema = 1` and `[[device]]` tables in priority order, the host's CPU last.
 
+    `processors` and `memory_gbs` are shared by all devices of class cpu, workers on one machine (`load_pool`).
     A device has a `name` (and `count`, which numbers it from 0) and either a `preset`, a known device's name, or a
     `class` with what is specified of it (bandwidth_gbs, fp16_tflops, sm, ghz, watts, tags). `year` chooses the era of
     the builds, `flash_attention` whether it is used. Everything that follows from the class can be said instead:
@@ -43,8 +46,9 @@ def load_system(path: Path) -> System:
     Raises UsageError naming file, table, key, what was expected and found.
     """
     document = read_toml(path)
-    only_keys(document, ("device", "year", "flash_attention"), str(path))
+    only_keys(document, ("device", "year", "flash_attention", "processors", "memory_gbs"), str(path))
     top = Table(document, str(path))
+    _read_pool(top)
     year = top.number("year", NOW, low=2023, high=2100)
     flash = top.flag("flash_attention", True)
     devices: list[DeviceModel] = []
@@ -63,6 +67,32 @@ def load_system(path: Path) -> System:
     if twice is not None:
         raise UsageError(f"{path}: two devices are called {twice!r}")
     return System(tuple(devices))
+
+
+def load_pool(path: Path) -> Pool | None:
+    """What all devices of class cpu in a system file share, None: each has processors and memory of its own.
+
+    `processors` need not be whole: with 1.5 two get half as much more done than one. `memory_gbs` is what all of them
+    together read weights at, as far as the cache lost them. Raises UsageError.
+    """
+    return _read_pool(Table(read_toml(path), str(path)))
+
+
+def _read_pool(top: Table) -> Pool | None:
+    if "processors" not in top:
+        if "memory_gbs" in top:
+            raise UsageError(f"{top.where}: memory_gbs: expected processors with it")
+        return None
+    processors = top.number("processors", low=0.01, high=MAX_DEVICES)
+    memory = top.number("memory_gbs", low=1e-3, high=1e6) * 1e9 if "memory_gbs" in top else 0.0
+    return Pool(processors, frozenset(), memory)
+
+
+def on_one_machine(machine: Machine, pool: Pool | None) -> Machine:
+    """The machine whose devices of class cpu share what is in the pool."""
+    workers = frozenset(k for k, model in enumerate(machine.models) if model.cls == "cpu")
+    pools = (replace(pool, workers=workers),) if pool is not None else ()
+    return replace(machine, fabric=replace(machine.fabric, pools=pools))
 
 
 def _read_device(name: str, table: Table, where: str, year: float, flash: bool) -> DeviceModel:
@@ -134,8 +164,8 @@ def _efficiency(table: Table, where: str) -> dict[str, float]:
 
 
 def _costs(table: Table, where: str) -> dict[str, Cost]:
-    """Measured costs of ops: `us` and `missed_us` of each, `weights_gbs`, `missed_gbs` and `gbs`, `gflops`; none where
-    not said."""
+    """Measured costs of ops: `us` and `missed_us` of each, `weights_gbs`, `missed_gbs` and `gbs`, `gflops`, `line_ns`
+    of each line of values and `exp_ns` of each exponential; none where not said."""
     found = {}
     for name, inner in table.tables("costs"):
         if not COST_NAME.fullmatch(name):
@@ -145,7 +175,8 @@ def _costs(table: Table, where: str) -> dict[str, Cost]:
         op_s = inner.number("us", 0.0, high=1e12) * 1e-6
         missed = per["missed_gbs"] or per["weights_gbs"]
         missed_op_s = inner.number("missed_us", 0.0, high=1e12) * 1e-6
-        found[name] = Cost(op_s, per["weights_gbs"], missed, per["gbs"], per["gflops"], missed_op_s)
+        line_s, exp_s = (inner.number(key, 0.0, high=1e12) * 1e-9 for key in ("line_ns", "exp_ns"))
+        found[name] = Cost(op_s, per["weights_gbs"], missed, per["gbs"], per["gflops"], missed_op_s, line_s, exp_s)
         inner.end()
     return found
 

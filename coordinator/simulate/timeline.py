@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import inf
 from typing import NamedTuple
 
 from coordinator.simulate.fabric import Fabric
@@ -67,23 +68,42 @@ class WorkerTotals:
 
 
 @dataclass(slots=True)
+class Tally:
+    """The evaluations of one tag: how many, when the first was released and the last ended, and their seconds."""
+
+    n: int = 0
+    first_s: float = inf
+    last_s: float = 0.0
+    seconds: float = 0.0
+
+    def add(self, released: float, end: float) -> None:
+        """One more, in seconds."""
+        self.n += 1
+        self.first_s = min(self.first_s, released)
+        self.last_s = max(self.last_s, end)
+        self.seconds += end - released
+
+
+@dataclass(slots=True)
 class Timeline:
-    """A finished simulation. `slices`, `carried` and `depths` are empty unless it was asked to record."""
+    """A finished simulation. `jobs`, `slices`, `carried` and `depths`, which grow with it, are empty unless it was told
+    to record; everything else is as large for a million evaluations as for one."""
 
     programs: tuple[Timed, ...]
     fabric: Fabric
     end_s: float = 0.0
     n_events: int = 0
     workers: list[WorkerTotals] = field(default_factory=list)
-    jobs: list[Ran] = field(default_factory=list)
+    tallies: dict[str, Tally] = field(default_factory=dict)
     route_nbytes: list[int] = field(default_factory=list)
     route_busy_s: list[float] = field(default_factory=list)
     route_transfers: list[int] = field(default_factory=list)
+    jobs: list[Ran] = field(default_factory=list)
     slices: list[Slice] = field(default_factory=list)
     carried: list[Carried] = field(default_factory=list)
     depths: list[Depth] = field(default_factory=list)
 
     def span(self, tag: str) -> float:
         """Seconds that the evaluations of this tag took, from the first's release to the last's end; 0 for none."""
-        ran = [job for job in self.jobs if job.tag == tag]
-        return max(job.end for job in ran) - min(job.released for job in ran) if ran else 0.0
+        tally = self.tallies.get(tag)
+        return tally.last_s - tally.first_s if tally is not None else 0.0

@@ -17,6 +17,9 @@ _MOVES = frozenset(
 )
 """Ops that put bytes elsewhere."""
 
+_AS_ONE = frozenset({Op.ADD, Op.SUB, Op.MUL, Op.DIV, Op.SCALE, Op.UNARY, Op.DUP, Op.CONT, Op.CPY})
+"""Ops that take operands of one shape as one line, where these are contiguous or a single value."""
+
 OUTPUT: Final = "OUTPUT"
 """Measured costs have an entry of this name for results that a worker puts into its reply."""
 
@@ -42,14 +45,34 @@ def _plain(op: OpRecord, streams: int) -> Work:
     read = sum(_nbytes(src) for src in op.src if src is not None)
     dst = _size(op.dst)
     flops = dst * _FLOPS_PER_VALUE.get(op.op, 1)
-    return Work("elementwise", op.dst.dtype, 0, 0, read, _nbytes(op.dst), flops, op.dst.ne[1])
+    angles = op.dst.ne[0] * prod(op.dst.ne[2:]) if op.op is Op.ROPE else 0  # once for all heads
+    return Work(
+        "elementwise", op.dst.dtype, 0, 0, read, _nbytes(op.dst), flops, op.dst.ne[1], lines=_lines(op), exps=angles
+    )  # fmt: skip
+
+
+def _lines(op: OpRecord) -> int:
+    """Lines of values that are worked on one after the other: one where operands lie as one, else every row."""
+    whole = (src for src in op.src if src is not None and _size(src) > 1)
+    if op.op in _AS_ONE and all(src.ne == op.dst.ne and _is_contiguous(src) for src in whole):
+        return 1
+    return prod(op.dst.ne[1:]) * (2 if op.op is Op.CONCAT and op.params[:1] == (0,) else 1)
+
+
+def _is_contiguous(operand: OperandRef) -> bool:
+    nb = operand.dtype.row_nbytes(operand.ne[0])
+    for n, step in zip(operand.ne[1:], operand.nb[1:], strict=True):
+        if n > 1 and step != nb:
+            return False
+        nb *= n
+    return True
 
 
 def _mul_mat(op: OpRecord, streams: int) -> Work:
     """dst = src0 [k, n, ...] times src1 [k, rows, ...]: each matrix of src0 is read once for all its rows.
 
     With many rows the other operand and the result are read and written while products are computed, which takes
-    longer: they do not count.
+    longer: laws do not count them.
     """
     weights, x = op.src[0], op.src[1]
     assert weights is not None
@@ -58,7 +81,10 @@ def _mul_mat(op: OpRecord, streams: int) -> Work:
     rows = prod(x.ne[1:]) // max(1, matrices)
     n = _size(weights)
     if rows >= GEMM_ROWS:
-        return Work("matmat", weights.dtype, _nbytes(weights), n, 0, 0, 2 * n * rows, rows, op.op.name)
+        return Work(
+            "matmat", weights.dtype, _nbytes(weights), n, 0, 0, 2 * n * rows, rows, op.op.name,
+            hidden_nbytes=_nbytes(x), lines=_size(op.dst),
+        )  # fmt: skip
     return Work("matvec", weights.dtype, _nbytes(weights), n, _nbytes(x), _nbytes(op.dst), 2 * n * rows, rows)
 
 
@@ -72,33 +98,37 @@ def _attention(op: OpRecord, streams: int) -> Work:
     cache = _nbytes(k) + _nbytes(v)
     flops = 2 * (q.ne[0] + v.ne[0]) * q.ne[1] * k.ne[1] * q.ne[2] * q.ne[3] // streams
     read = _nbytes(q) + (0 if mask is None else _nbytes(mask))
-    return Work("attention", k.dtype, cache, 0, read, _nbytes(op.dst), flops, q.ne[1])
+    scores = q.ne[1] * k.ne[1] * q.ne[2] * q.ne[3] // streams
+    return Work("attention", k.dtype, cache, 0, read, _nbytes(op.dst), flops, q.ne[1], exps=scores)
 
 
 def _get_rows(op: OpRecord, streams: int) -> Work:
     """Only the rows that are asked for are read."""
     table = op.src[0]
     assert table is not None
-    return Work("copy", table.dtype, 0, 0, _typed(table.dtype, op.dst), _nbytes(op.dst), 0, op.dst.ne[1])
+    read = _typed(table.dtype, op.dst)
+    return Work("copy", table.dtype, 0, 0, read, _nbytes(op.dst), 0, op.dst.ne[1], lines=prod(op.dst.ne[1:]))
 
 
 def _set_rows(op: OpRecord, streams: int) -> Work:
     """The destination is a whole cache, of which only the given rows are written."""
     rows = op.src[0]
     assert rows is not None
-    return Work("copy", op.dst.dtype, 0, 0, _nbytes(rows), _typed(op.dst.dtype, rows), 0, rows.ne[1])
+    written = _typed(op.dst.dtype, rows)
+    return Work("copy", op.dst.dtype, 0, 0, _nbytes(rows), written, 0, rows.ne[1], lines=prod(rows.ne[1:]))
 
 
 def _im2col(op: OpRecord, streams: int) -> Work:
     """Only the image is read; the kernel gives its shape."""
     image = op.src[1]
     assert image is not None
-    return Work("copy", op.dst.dtype, 0, 0, _nbytes(image), _nbytes(op.dst), 0, op.dst.ne[1])
+    lines = prod(op.dst.ne[1:])
+    return Work("copy", op.dst.dtype, 0, 0, _nbytes(image), _nbytes(op.dst), 0, op.dst.ne[1], lines=lines)
 
 
 def _move(op: OpRecord) -> Work:
     read = min(sum(_nbytes(src) for src in op.src if src is not None), _nbytes(op.dst))
-    return Work("copy", op.dst.dtype, 0, 0, read, _nbytes(op.dst), 0, op.dst.ne[1])
+    return Work("copy", op.dst.dtype, 0, 0, read, _nbytes(op.dst), 0, op.dst.ne[1], lines=_lines(op))
 
 
 _SPECIAL: Mapping[Op, Callable[[OpRecord, int], Work]] = {

@@ -76,6 +76,19 @@ def test_simulated_alone(system: str, tmp_path: Path) -> None:
     assert "weak, real" not in plot.read_text()
 
 
+def test_workers_share_the_processors_that_the_system_names(system: str) -> None:
+    """Then the weak curve stands still where they are busy, and a further one says what a machine each would do."""
+    path = Path(system)
+    path.write_text(path.read_text().replace("schema = 1", "schema = 1\nprocessors = 2"))
+    found = curves("--simulate", system, "--no-real", "--workers", "32", *QUICK)
+    rates = {name: {p["workers"]: p["simulated"]["tokens_per_s"] for p in points} for name, points in found.items()}
+    assert list(found) == ["strong", "pipelined", "weak", "apart"]
+    assert rates["weak"][2] == pytest.approx(rates["apart"][2], rel=0.1)  # the host computes too
+    assert rates["weak"][16] < 1.2 * rates["weak"][2]
+    assert rates["apart"][4] > 1.8 * rates["weak"][4]
+    assert (max(rates["weak"]), max(rates["apart"])) == (16, 32)
+
+
 def test_numbers_of_workers_as_they_are_given(system: str) -> None:
     found = curves("--simulate", system, "--no-real", "-w", "2,6", "-w", "1", *QUICK, "--stages", "3")
     assert [p["workers"] for p in found["weak"]] == [1, 2, 6]

@@ -51,7 +51,8 @@ def main() -> None:
     from tests.conformance import real_ggml, real_sched
 
     path = real_ggml.library_path()
-    assert path is not None
+    if path is None:
+        raise SystemExit("Error: libggml is missing: ./launch test installs it (the package libggml-python)")
     lib = real_ggml.load(path)
     lib.ggml_log_set(real_ggml.SILENT, None)
     for line in sys.stdin:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults import surgery
-from tests.faults.harness import Result, run
+from tests.faults.harness import COMMAND, Result, run
 
 TEXT = ["-p", "hello", "-n", 1, "-q"]
 ONE = ["-w", "cpu:1"]  # workers are started while files are read: no more of them than needed
@@ -318,6 +318,11 @@ def prompt_names_another_number_of_images(b: Bench) -> Bad:
 
 
 @case
+def accelerator_has_no_memory(b: Bench) -> Bad:
+    return of_use(b, "-w", "cpu:1,accel:2:0", words=("accel0", "it has 0", "bytes short"), status=5)
+
+
+@case
 def accelerator_is_too_small(b: Bench) -> Bad:
     return of_use(b, "-w", "cpu:1,accel:1:64KiB", words=("accel0", "needs", "65,536", "short"), status=5)
 
@@ -363,6 +368,22 @@ def command_is_unknown(b: Bench) -> Bad:
 @case
 def raw_with_system(b: Bench) -> Bad:
     return of_use(b, *ONE, "--raw", "-s", "x", words=("--system", "--raw"))
+
+
+@case
+def pin_is_to_no_device(b: Bench) -> Bad:
+    return of_use(b, "--pin", "inp_pos=cpu7", words=("--pin inp_pos=cpu7", "unknown device 'cpu7'", "cpu0"))
+
+
+@case
+def pin_is_of_no_tensor(b: Bench) -> Bad:
+    return of_use(b, "--pin", "vision_outputt=cpu0", words=("--pin vision_outputt=cpu0", "unknown tensor", "language"))
+
+
+@case
+def weights_type_is_for_no_weight(b: Bench) -> Bad:
+    arguments = ["plan", "smollm2-135m", "--weights-type", "attn_q=q4_0"]
+    return Bad(arguments, 2, ("--weights-type attn_q=q4_0", "begins none", "token_embd.weight", "vision"))
 
 
 @case
@@ -412,6 +433,14 @@ def test_bad_input(name: str, results: dict[str, tuple[Bad, Future[Result]]]) ->
     line = future.result().check(bad.status, *bad.words)
     assert len(line) < 500
     assert not re.search(r"internal error|Errno|object at 0x", line)
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams(closed: str, model: Path) -> None:
+    command = ("sh", "-c", f'exec "$0" "$@" {closed}', COMMAND)
+    result = run(["run", "-m", model, *ONE, *TEXT], command=command)
+    assert (result.status, result.stderr, result.leftovers) == (0, "", [])
+    assert bool(result.stdout) == (closed in ("<&-", "2>&-"))
 
 
 def test_port_is_taken(model: Path) -> None:

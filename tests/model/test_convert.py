@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -298,6 +299,20 @@ def test_other_refusals(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ModelError, match=r"neither model.safetensors"):
         convert(tmp_path / "empty", tmp_path / "a.gguf", DType.F32)
+
+
+def test_only_files_are_replaced(tmp_path: Path, reference: Path) -> None:
+    pipe, target, link = tmp_path / "pipe", tmp_path / "target.gguf", tmp_path / "link"
+    os.mkfifo(pipe)
+    link.symlink_to(target)
+    for path in (pipe, tmp_path):
+        with pytest.raises(ModelError, match=f"{path}: cannot be written: not a regular file"):
+            convert(reference, path, DType.F32)
+    convert(reference, link, DType.F32)
+    assert pipe.is_fifo()
+    assert link.is_symlink()
+    assert open_model(target).weights
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "pipe", "target.gguf"]
 
 
 def test_a_broken_progress_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -74,6 +74,11 @@ MINIMAL = {
 }
 
 
+def of_tensors(*tensors: dict[str, object], **more: object) -> dict[str, object]:
+    """A graph of an input `a` and these."""
+    return {"graphs": [{"name": "g", "tensors": [{"name": "a", "flags": ["input"]}, *tensors], **more}]}
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -90,6 +95,16 @@ MINIMAL = {
         ({"graphs": [{"name": "g", "tensors": [{"name": "a", "src": ["b"]}]}]}, "unknown tensor 'b'"),
         ({"graphs": [{"name": "g", "tensors": [{"name": "a", "size": 3}]}]}, "unknown key 'size'"),
         ({"graphs": [{"name": "g", "tensors": [{"name": "a", "shared": "h.b"}]}]}, "shared 'h.b'"),
+        (of_tensors({"name": "b", "op": "ADD", "src": ["a"]}), "tensor 'b': ADD of 1 sources, expected 2"),
+        (of_tensors({"name": "b", "op": "CPY", "src": ["a", "a", "a"]}), "CPY of 3 sources, expected 1 to 2"),
+        (of_tensors({"name": "b", "op": "SQR", "src": "a"}), "tensor 'b': src is 'a', expected list"),
+        (of_tensors({"name": "b", "op": "SCALE", "src": ["a"], "params": ["x"]}), "params is 'x', expected number"),
+        (of_tensors({"name": "b", "value": "1GiB"}), "tensor 'b': value is '1GiB', expected number"),
+        (of_tensors({"name": "b", "place": True}), "tensor 'b': place is True, expected int"),
+        (of_tensors({"name": "b", "inplace": True}), "tensor 'b': inplace without a source"),
+        (of_tensors({"name": "b", "view": "a", "offs": "4"}), "tensor 'b': offs is '4', expected int"),
+        (of_tensors(expand=3), "graph g: expand is 3, expected list"),
+        (of_tensors(pinned=["a"]), "graph g: pinned is ['a'], expected table"),
     ],
 )
 def test_bad_scenarios_are_told_in_one_line(change: dict[str, object], says: str) -> None:
@@ -100,9 +115,10 @@ def test_bad_scenarios_are_told_in_one_line(change: dict[str, object], says: str
 
 
 def test_a_file_that_is_no_toml(tmp_path: Path) -> None:
-    (tmp_path / "a.toml").write_text("id = ")
-    with pytest.raises(InputError, match=r"a\.toml: not TOML"):
-        load_scenario(tmp_path / "a.toml")
+    for text in ("id = ", "id = " + "[" * 9000):
+        (tmp_path / "a.toml").write_text(text)
+        with pytest.raises(InputError, match=r"a\.toml: not TOML"):
+            load_scenario(tmp_path / "a.toml")
     with pytest.raises(InputError, match="No such file"):
         load_scenario(tmp_path / "b.toml")
 

@@ -17,6 +17,7 @@ from coordinator.simulate.live import live_bytes
 from coordinator.simulate.predict import Prediction, predict
 from coordinator.simulate.series import Load, Options, make_series
 from protocol.errors import InputError
+from tests.report.trace_format import faults
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "simulate"))
 
@@ -41,6 +42,21 @@ def test_document() -> None:
     names = {e["args"]["name"] for e in events if e["ph"] == "M" and "name" in e["args"]}
     assert {"real", "simulated", "worker a", "link"} <= names
     assert [e["args"] for e in events if e["ph"] == "C"] == [{"value": 42}]
+
+
+def test_slices_are_whole_nanoseconds_that_do_not_overlap() -> None:
+    """What ends and begins at one moment does so in the file, whatever rounding makes of both; three slices of a third
+    of a ns take one each, the next makes room, and arrows stay with their slices."""
+    third = 1e-9 / 3
+    ends = [0.0, 1.4e-9, 2.6e-9, 2.6e-9 + third, 2.6e-9 + 2 * third, 2.6e-9 + 3 * third, 9e-9]
+    slices = [Slice(A, str(k), a, b - a) for k, (a, b) in enumerate(pairwise(ends))]
+    arrow = Arrow("x", ((A, ends[2]), (A, ends[3] + third / 2), (A, ends[5])))
+    document = trace_document(Trace(tuple(slices), (arrow,)))
+    assert not list(faults(document))
+    events = [e for e in document["traceEvents"] if e["ph"] == "X"]
+    spans = [(round(e["ts"] * 1e3), round((e["ts"] + e["dur"]) * 1e3)) for e in events]
+    assert spans == [(0, 1), (1, 3), (3, 4), (4, 5), (5, 6), (6, 9)]
+    assert [round(e["ts"] * 1e3) for e in document["traceEvents"] if e["ph"] in "stf"] == [3, 4, 6]
 
 
 def test_file(tmp_path: Path) -> None:
@@ -77,8 +93,8 @@ def test_simulated_run(found: Prediction) -> None:
     assert all("cause" in e["args"] for e in runs if e["name"].startswith("split"))
     copies = [e for e in events if e.get("cat") == "copy" and e["ph"] == "X"]
     assert sum(e["args"]["bytes"] for e in copies) == sum(found.timeline.route_nbytes)
-    counters = {e["name"] for e in events if e["ph"] == "C"}
-    assert {"gpu0 queue depth", "gpu1 arena bytes"} <= counters
+    counters = {(e["name"], *e["args"]) for e in events if e["ph"] == "C"}
+    assert {("gpu0 queue", "depth"), ("gpu1 arena", "bytes")} <= counters
 
 
 def test_live_bytes_fit_the_buffers(found: Prediction) -> None:

@@ -62,6 +62,8 @@ def _spoil(document: dict[str, Any], phase: str, **changes: object) -> None:
         (lambda d: _spoil(d, "f", id=1), "phases"),
         (lambda d: _spoil(d, "s", name="y"), "several names"),
         (lambda d: _spoil(d, "t", ts=2.9e6), "lies in no slice"),
+        (lambda d: _spoil(d, "f", ts=1.2e6), "lies in a slice that began before"),
+        (lambda d: _spoil(d, "X", dur=0.0), "takes no time"),
         (lambda d: _spoil(d, "M", args={}), "without its argument"),
         (lambda d: d["traceEvents"].append(d["traceEvents"][0]), "named twice"),
         (lambda d: d["traceEvents"].append({"ph": "X"}), "no ['args', 'cat', 'dur'"),

@@ -1,4 +1,4 @@
-"""Rules of the trace event format (Google's document of that name) that viewers rely on."""
+"""Rules of the trace event format (Google's document of that name), and those that Perfetto's importer adds to them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ _NEEDED = {
 }
 _NAMES = {"process_name": "name", "thread_name": "name", "process_sort_index": "sort_index",
           "thread_sort_index": "sort_index"}  # fmt: skip
-_ROUNDING_US = 0.0015
-"""Times are written to the nanosecond."""
+
+
+def _ns(us: float) -> int:
+    """Viewers think in whole nanoseconds: Perfetto drops a slice that crosses the end of another by one."""
+    return round(us * 1e3)
 
 
 def faults(document: dict[str, Any]) -> Iterator[str]:
@@ -68,22 +71,25 @@ def _tracks(events: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def _slices(events: list[dict[str, Any]]) -> Iterator[str]:
-    """On each track slices come in the order of time and do not overlap."""
-    ends: dict[tuple[int, int], float] = {}
+    """On each track slices come in the order of time, last a nanosecond at least, and do not overlap by one."""
+    ends: dict[tuple[int, int], int] = {}
     for event in events:
         key = event["pid"], event["tid"]
-        if event["ts"] < ends.get(key, 0.0) - _ROUNDING_US:
-            yield f"track {key}: {event['name']} at {event['ts']} begins before {ends[key]}"
-        ends[key] = event["ts"] + event["dur"]
+        if _ns(event["ts"]) < ends.get(key, 0):
+            yield f"track {key}: {event['name']} at {event['ts']} begins before {ends[key]} ns"
+        if _ns(event["dur"]) < 1:
+            yield f"track {key}: {event['name']} at {event['ts']} takes no time"
+        ends[key] = _ns(event["ts"]) + _ns(event["dur"])
 
 
 def _flows(timed: list[dict[str, Any]]) -> Iterator[str]:
-    """A flow starts once, ends once, later, goes forward, keeps its name, and each end lies in a slice of its track."""
-    slices: dict[tuple[int, int], list[tuple[float, float]]] = defaultdict(list)
+    """A flow starts once, ends once, keeps its name, and goes from slice to slice, each of which begins no earlier than
+    the one before: Perfetto turns other steps round."""
+    slices: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
     flows: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for event in timed:
         if event["ph"] == "X":
-            slices[event["pid"], event["tid"]].append((event["ts"], event["ts"] + event["dur"]))
+            slices[event["pid"], event["tid"]].append((_ns(event["ts"]), _ns(event["ts"]) + _ns(event["dur"])))
         elif event["ph"] in "stf":
             flows[event["id"]].append(event)
     for ident, points in flows.items():
@@ -92,7 +98,12 @@ def _flows(timed: list[dict[str, Any]]) -> Iterator[str]:
             yield f"flow {ident}: phases {phases}"
         if len({(point["name"], point["cat"]) for point in points}) > 1:
             yield f"flow {ident}: several names"
+        before = 0
         for point in points:
-            spans = slices[point["pid"], point["tid"]]
-            if not any(start - _ROUNDING_US <= point["ts"] <= end + _ROUNDING_US for start, end in spans):
+            spans, time = slices[point["pid"], point["tid"]], _ns(point["ts"])
+            begun = next((start for start, end in spans if start <= time < end), None)
+            if begun is None:
                 yield f"flow {ident}: {point['ph']} at {point['ts']} lies in no slice"
+            elif begun < before:
+                yield f"flow {ident}: {point['ph']} at {point['ts']} lies in a slice that began before the last"
+            before = begun or before

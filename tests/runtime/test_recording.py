@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -105,6 +106,38 @@ def test_an_unfinished_recording_leaves_what_was_there(tmp_path: Path) -> None:
         fail()
     assert path.read_text() == "before"
     assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_what_is_no_file_is_written_to_and_stays(tmp_path: Path) -> None:
+    pipe, target, link = tmp_path / "pipe", tmp_path / "target.jsonl", tmp_path / "link"
+    os.mkfifo(pipe)
+    link.symlink_to(target)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    written(pipe, taps(1))
+    got = os.read(reader, 1 << 16)
+    os.close(reader)
+    assert pipe.is_fifo()
+    assert written(link, taps(1)).is_symlink()
+    assert read_recording(target).entries == recorded(taps(1)).entries
+    assert got == target.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "pipe", "target.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["/", ""])
+def test_a_folder_is_told(name: str) -> None:
+    with pytest.raises(InputError, match="cannot be written: it is a folder"):
+        RecordingFile(Path(name))
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="no /dev/full here")
+@pytest.mark.parametrize("n_evaluations", [1, 40])
+def test_a_full_device_is_told_and_stays(tmp_path: Path, n_evaluations: int) -> None:
+    link = tmp_path / "full"  # not the device itself: whatever goes wrong here must not replace it
+    link.symlink_to("/dev/full")
+    with pytest.raises(InputError, match=f"--record {link}: cannot be written: No space left"):
+        written(link, taps(n_evaluations))
+    assert link.is_symlink()
+    assert Path("/dev/full").is_char_device()
 
 
 def edited(line: int, **changes: Any) -> Callable[[list[str]], list[str]]:

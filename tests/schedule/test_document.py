@@ -37,6 +37,11 @@ def document() -> Json:
     }  # fmt: skip
 
 
+def test_deep_nesting_is_told() -> None:
+    with pytest.raises(PlanError, match="document: not JSON"):
+        load_document("[" * 100_000)
+
+
 def test_a_plan_as_json() -> None:
     [result] = plan_document(json.dumps(document()))
     json.dumps(result)

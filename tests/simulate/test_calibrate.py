@@ -20,7 +20,7 @@ from coordinator.model.presets import open_blueprint
 from coordinator.runtime.session import devices_of
 from coordinator.schedule.lower import Lowered
 from coordinator.schedule.placement import PlacementOptions
-from coordinator.simulate.calibrate_cases import TYPES, Room, cases
+from coordinator.simulate.calibrate_cases import TYPES, cases
 from coordinator.simulate.calibrate_fit import (
     Sample,
     errors,
@@ -33,6 +33,7 @@ from coordinator.simulate.calibrate_fit import (
     typical,
 )
 from coordinator.simulate.calibrate_layers import layer_cases
+from coordinator.simulate.calibrate_room import Room
 from coordinator.simulate.engine import simulate
 from coordinator.simulate.hardware import Cost, DeviceModel, LinkModel, Toll, Work
 from coordinator.simulate.lowered import time_program
@@ -52,6 +53,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from machines import gpu, host, machine
 
 TRUE = Cost(op_s=2e-7, weight_s=1e-11, missed_s=4e-11, byte_s=3e-10, flop_s=1e-12, missed_op_s=5e-7)
+EXTRA = Cost(op_s=5e-8, byte_s=1e-11, line_s=1.5e-8, exp_s=9e-10)
 ROOM = Room(Rig.ARENA, 4 << 20)
 STEPS = Steps(
     Toll(50e-6, 30e-6), Toll(80e-6, 40e-6), Toll(6e-6, 3e-6), Toll(4e-6, 5e-6), Toll(25e-6, 70e-6), Toll(3e-6, 2e-6),
@@ -76,6 +78,19 @@ def test_the_fit_finds_the_costs_that_made_the_times() -> None:
     for name in ("op_s", "weight_s", "missed_s", "byte_s", "flop_s", "missed_op_s"):
         assert getattr(found, name) == pytest.approx(getattr(TRUE, name), rel=1e-6), name
     assert max(map(abs, errors(samples(TRUE), {"matvec.q8_0": found})["matvec.q8_0"])) < 1e-9
+
+
+def test_the_fit_tells_lines_and_exponentials_from_bytes() -> None:
+    shapes = ((64, 1, 1), (64, 9, 1), (32, 4, 64), (128, 8, 16), (64, 3, 40), (128, 2, 100))
+    works = [
+        Work("elementwise", DType.F32, 0, 0, 4 * d * n * m, 4 * d * n * m, op="ROPE", lines=n * m, exps=d * m)
+        for d, n, m in shapes
+    ]
+    found = fit_cost([Sample(work, EXTRA.seconds(work)) for work in works])
+    for name in ("op_s", "byte_s", "line_s", "exp_s"):
+        assert getattr(found, name) == pytest.approx(getattr(EXTRA, name), rel=1e-6), name
+    hidden = Work("matmat", DType.F32, hidden_nbytes=1000)
+    assert EXTRA.seconds(hidden) == pytest.approx(5e-8 + 1e-8)
 
 
 def test_no_cost_is_negative_whatever_the_times() -> None:
@@ -114,6 +129,10 @@ def test_what_ops_cost_more_among_others() -> None:
     found = fit_mixed(mixtures, costs)
     assert (found.base_s, found.missed_s) == pytest.approx((1e-7, 3e-7))
     assert fit_mixed([(works, alone[missed] / 2, missed) for missed in (False, True)], costs) == Toll()
+    slower = [Sample(work, 2 * TRUE.seconds(work, float(missed)), missed) for missed in (False, True) for work in works]
+    doubled = [(works, 2 * seconds, missed) for _, seconds, missed in mixtures]
+    found = fit_mixed(doubled, costs, slower)  # what was measured counts more than what was fitted
+    assert (found.base_s, found.missed_s) == pytest.approx((2e-7, 6e-7))
 
 
 def test_measured_costs_replace_the_law() -> None:
@@ -213,7 +232,7 @@ def calibration() -> Measured:
     found = [
         Sample(work_of(case.ops[0]), 1e-6 * (n + 1), case.missed) for n, case in enumerate(cases(ROOM, quick=True))
     ]
-    costs = fit_costs(found) | {OUTPUT: Cost(byte_s=2e-10)}
+    costs = fit_costs(found) | {OUTPUT: Cost(byte_s=2e-10), "SOFT_MAX.f32": EXTRA}
     return Measured(found, costs, MIXED, 0.05, STEPS, STEPS, 1, 32 << 20)
 
 
@@ -227,7 +246,7 @@ def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
     for model in machine.models:
         assert set(model.costs) == set(found.costs)
         for key, cost in found.costs.items():
-            for name in ("op_s", "weight_s", "byte_s", "flop_s", "missed_op_s"):
+            for name in ("op_s", "weight_s", "byte_s", "flop_s", "missed_op_s", "line_s", "exp_s"):
                 assert getattr(model.costs[key], name) == pytest.approx(getattr(cost, name), rel=1e-3), key
         for toll, expected in ((model.first, STEPS.first), (model.split, STEPS.split), (model.mixed, MIXED)):
             assert (toll.base_s, toll.missed_s) == pytest.approx((expected.base_s, expected.missed_s))
@@ -263,6 +282,8 @@ def test_the_written_files_simulate(tmp_path: Path, capsys: pytest.CaptureFixtur
         ("costs = { ADDED = { us = 1 } }", "costs: 'ADDED': expected KIND.TYPE or OP"),
         ('costs = { "matvec.q9" = { us = 1 } }', "costs: 'matvec.q9': expected KIND.TYPE or OP"),
         ("costs = { ADD = { us = -1 } }", "costs: ADD: us is -1: expected 0 to"),
+        ("costs = { ADD = { line_ns = -1 } }", "costs: ADD: line_ns is -1: expected 0 to"),
+        ('costs = { ROPE = { exp_ns = "1" } }', "costs: ROPE: exp_ns is '1': expected a number"),
         ("costs = { ADD = { ms = 1 } }", "costs: ADD: unknown key 'ms'"),
         ("split_us = true", "split_us is True: expected a number"),
         ("first_missed_us = -1", "first_missed_us is -1: expected 0 to"),
@@ -282,6 +303,9 @@ def test_wrong_costs_are_named(tmp_path: Path, text: str, message: str) -> None:
     ("arguments", "message"),
     [
         (["-o", "/nowhere/at/all.toml"], "--output /nowhere/at/all.toml: no such folder"),
+        (["-o", "/"], "--output /: it is a folder"),
+        (["-o", ""], "--output .: it is a folder"),
+        (["-o", "/dev/null"], "--output /dev/null: not a regular file"),
         (["-o", "x.toml", "-w", "null:2"], "--workers null:2: null workers compute nothing that could be measured"),
         (["-o", "x.toml", "-w", "gpu:1"], "--workers 'gpu:1'"),
         ([], "the following arguments are required: -o/--output"),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from coordinator.simulate.critical import critical_path, totals
 from coordinator.simulate.engine import simulate
-from coordinator.simulate.fabric import Fabric, Route
+from coordinator.simulate.fabric import Fabric, Pool, Route
 from coordinator.simulate.flows import uniform
 from coordinator.simulate.timed import Act, Do, Hop, Job, Timed
 from coordinator.simulate.timeline import Timeline
@@ -114,7 +114,7 @@ def spread(delays_us: list[float], nbytes: list[int]) -> Timed:
     return Timed("spread", (tuple(acts), *receivers), hops)
 
 
-def test_a_shared_link_with_contention() -> None:
+def test_a_pooledlink_with_contention() -> None:
     """Two transfers of 1 MB over a switch of 1 GB/s, the second 400 us after the first. Until 400 the first has the
     switch alone and moves 400 kB. Then both get 500 MB/s: the first's last 600 kB take 1200 us, until 1600. By then the
     second has 600 kB as well, and its last 400 kB take 400 us alone: until 2000."""
@@ -263,8 +263,11 @@ def test_laws(case: tuple[Timed, Fabric, int], is_async: list[bool], window: int
     sequences = [[Job(0, window)] * 3] * n_sequences
     first = simulate(is_async[:n], fabric, [timed], sequences, check=True, record=True)
     again = simulate(is_async[:n], fabric, [timed], sequences)
-    assert first.end_s == again.end_s
-    assert len(first.jobs) == 3 * n_sequences
+    assert (first.end_s, first.tallies) == (again.end_s, again.tallies)
+    assert (len(first.jobs), len(again.jobs)) == (3 * n_sequences, 0)
+    (tally,) = first.tallies.values()
+    assert (tally.n, tally.seconds) == (3 * n_sequences, pytest.approx(sum(j.end - j.released for j in first.jobs)))
+    assert first.span("") == max(job.end for job in first.jobs) - min(job.released for job in first.jobs)
     assert all(job.end >= job.released for job in first.jobs)
     assert sum(first.route_nbytes) == 3 * n_sequences * sum(hop.nbytes for hop in timed.hops)
     check_slices(first, n)
@@ -306,3 +309,64 @@ def test_critical_path_names_the_queue() -> None:
     timeline = simulate((True, True), two(), [program], [[Job(0)]], record=True)
     parts = [(p.kind, p.name, us(p.seconds)) for p in critical_path(timeline)]
     assert parts == [("queue", "y", 100), ("bytes", "y", 100), ("latency", "y", 10)]
+
+
+def on_processors(n: int, processors: float) -> Fabric:
+    return Fabric((), {}, pools=(Pool(processors, frozenset(range(n))),))
+
+
+def alone(us_each: list[float]) -> Timed:
+    return Timed("alone", tuple((run(each),) for each in us_each), ())
+
+
+@pytest.mark.parametrize(
+    ("us_each", "processors", "ends"),
+    [
+        ([100, 100], 2, [100, 100]),
+        ([100, 100], 1.5, [100 / 0.75] * 2),
+        ([100, 100, 100], 2, [150, 150, 150]),
+        ([60, 120, 120], 2, [90, 150, 150]),
+        ([100], 0.5, [200]),
+    ],
+)
+def test_workers_share_processors(us_each: list[float], processors: float, ends: list[float]) -> None:
+    """Three on two processors compute at two thirds of their speed; of 60, 120 and 120 us the first is done after 90,
+    when the others have 60 left and a processor each."""
+    n = len(us_each)
+    fabric = on_processors(n, processors)
+    timeline = simulate((True,) * n, fabric, [alone(us_each)], [[Job(0)]], check=True, record=True)
+    assert [us(s.end) for s in sorted(timeline.slices, key=lambda s: s.worker)] == pytest.approx(ends, abs=1e-5)
+    assert [us(worker.busy_s) for worker in timeline.workers] == pytest.approx(ends, abs=1e-5)
+    assert us(sum(part.seconds for part in critical_path(timeline))) == pytest.approx(max(ends), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("demands", "ends"), [((20e9, 20e9), [400 / 3, 400 / 3]), ((5e9, 40e9), [100, 150]), ((5e9, 5e9), [100, 100])]
+)
+def test_workers_share_a_memory(demands: tuple[float, ...], ends: list[float]) -> None:
+    """Two workers compute 100 us each, and 30 GB/s come from memory. Who asks for 5 gets it; 40 are slowed down to 25
+    until the other is done, then to 30: 62.5 us of work in 100, the other 37.5 in 50."""
+    fabric = Fabric((), {}, pools=(Pool(2, frozenset((0, 1)), 30e9),))
+    timeline = simulate(
+        (True, True), fabric, [alone([100, 100])], [[Job(0)]], check=True, record=True, demands=[demands]
+    )
+    assert [us(s.end) for s in sorted(timeline.slices, key=lambda s: s.worker)] == pytest.approx(ends, abs=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(chains(), st.floats(0.5, 5.0), st.integers(1, 3))
+def test_laws_of_shared_processors(case: tuple[Timed, Fabric, int], processors: float, n_sequences: int) -> None:
+    """They change nothing where there are enough, and no more is computed at once than they can."""
+    timed, fabric, n = case
+    few = replace(fabric, pools=(Pool(processors, frozenset(range(n))),))
+    sequences = [[Job(0)] * 2] * n_sequences
+    own = simulate((True,) * n, fabric, [timed], sequences, check=True)
+    pooled = simulate((True,) * n, few, [timed], sequences, check=True, record=True)
+    again = simulate((True,) * n, few, [timed], sequences)
+    assert again.end_s == pooled.end_s
+    work = 2 * n_sequences * sum(act.seconds for acts in timed.workers for act in acts if act.do == Do.RUN)
+    assert pooled.end_s * min(processors, n) >= work * (1 - 1e-9)
+    if processors >= n:
+        assert pooled.end_s == pytest.approx(own.end_s)
+    check_slices(pooled, n)
+    assert sum(part.seconds for part in critical_path(pooled)) == pytest.approx(pooled.end_s)

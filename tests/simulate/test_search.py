@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -154,5 +155,22 @@ def test_a_thousand_workers(tiny: Blueprint) -> None:
     series = make_series(tiny, machine(*(gpu(f"gpu{k}") for k in range(4))), Options(), LOAD)
     timeline = run_pipelines(series, 250, 500)
     assert len(timeline.workers) == 1001
-    assert len(timeline.jobs) == 500 * 5
+    assert sum(tally.n for tally in timeline.tallies.values()) == 500 * 5
+    assert not timeline.jobs
     assert not timeline.slices
+
+
+def test_memory_does_not_grow_with_the_time_simulated(tiny: Blueprint) -> None:
+    """Ten times the tokens on 20 cards: ten times the events, and a peak that is no higher."""
+    series = make_series(tiny, machine(gpu("gpu0")), Options(), LOAD)
+    token = series.jobs[-1]
+    peaks, events = [], []
+    for n in (10, 10, 100):
+        tracemalloc.start()
+        timeline = run_pipelines(replace(series, jobs=(token,) * n), 20, 20)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        events.append(timeline.n_events)
+        assert timeline.span("token") == timeline.end_s
+    assert events[2] >= 9.9 * events[1]
+    assert peaks[2] < 1.02 * peaks[1] + 4096, peaks

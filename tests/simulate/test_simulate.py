@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,49 @@ def test_search() -> None:
     assert document["limits"]
 
 
+def test_a_search_names_what_limits_its_goal() -> None:
+    """The prompt, though tokens take longer."""
+    document = json.loads(simulate([*QUICK, "--system", ONE, "--search", "first-token", "--json"])[1])
+    assert {line.partition(":")[0] for line in document["limits"]} == {"prompt"}
+    assert document["phases"]["token"]["seconds"] > document["phases"]["prompt"]["seconds"]
+
+
+def test_the_sweep_that_is_proposed_works() -> None:
+    text = simulate([*QUICK, "--system", ONE])[1]
+    (proposed,) = re.findall(r"--sweep (\S+) shows all", text)
+    rows = simulate(["smollm2-135m", "--prompt", "64", "-n", "0", "--system", ONE, "--sweep", proposed])[1]
+    assert [line.split()[0] for line in rows.splitlines()[4:]] == [str(n) for n in range(0, 32, 3)]
+
+
+def test_shared_processors_are_said_and_take_time(tmp_path: Path) -> None:
+    system = tmp_path / "system.toml"
+    shared = "schema = 1\nprocessors = 0.5\nmemory_gbs = 4000"
+    system.write_text(Path(ONE).read_text().replace("schema = 1", shared))
+    rates = []
+    for path in (ONE, str(system)):
+        given = [*QUICK, "-ngl", "0", "--no-op-offload", "--system", path]
+        rates.append(json.loads(simulate([*given, "--json"])[1])["tokens_per_s"])
+    assert "; 0.5 processors and 4,000 GB/s of weights for 1 of them" in simulate([*given, "-q", "--check"])[1]
+    assert rates[1] == pytest.approx(rates[0] / 2, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("processors = 0", "processors is 0: expected 0.01 to 4096"),
+        ("processors = nan", "processors is nan: expected 0.01"),
+        ('processors = "two"', "processors is 'two': expected a number"),
+        ("memory_gbs = 20", "memory_gbs: expected processors with it"),
+        ("processors = 2\nmemory_gbs = -1", "memory_gbs is -1: expected 0.001"),
+    ],
+)
+def test_shared_machines_that_cannot_be_meant(tmp_path: Path, text: str, message: str) -> None:
+    system = tmp_path / "system.toml"
+    system.write_text(Path(ONE).read_text().replace("schema = 1", f"schema = 1\n{text}"))
+    with pytest.raises(UsageError, match=message):
+        simulate([*QUICK, "--system", str(system)])
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -95,6 +139,9 @@ def test_search() -> None:
         (("--system", ONE, "--search", "-ngl", "3"), UsageError, "leave them out"),
         (("--system", ONE, "--sweep", "batch=1", "--plot", "x.doc"), UsageError, "expected a file that ends in"),
         (("--system", ONE, "--prompt", "9000"), UsageError, "the model was trained for 8192"),
+        (("--system", ONE, "--batch", "1000000"), UsageError, "--batch 1000000: expected at most 4096"),
+        (("--system", ONE, "--requests", "1000000"), UsageError, "--requests 1000000: expected at most 4096"),
+        (("--system", ONE, "--sweep", "batch=2,1000000"), UsageError, "--batch 1000000: expected at most 4096"),
         (("--system", ONE, "--trace", "/none/t.json"), InputError, "--trace /none/t.json"),
     ],
 )
@@ -103,6 +150,14 @@ def test_arguments_that_cannot_be_meant(
 ) -> None:  # fmt: skip
     with pytest.raises(error, match=message):
         simulate([*QUICK, *arguments])
+
+
+@pytest.mark.parametrize("more", [("--search",), ("--system", ONE), ("--sweep", "batch=1"), ("--trace", "t.json")])
+def test_published_rates_need_nothing_else(more: tuple[str, ...]) -> None:
+    with pytest.raises(UsageError, match=f"--published and {more[0]} are two answers"):
+        simulate(["--published", "rates.csv", *more])
+    with pytest.raises(UsageError, match="its rows name their models: leave smollm2-135m out"):
+        simulate(["smollm2-135m", "--published", "rates.csv"])
 
 
 @pytest.mark.slow

@@ -76,6 +76,38 @@ def test_elementwise_and_copies() -> None:
     assert copy_work(100).read_nbytes == copy_work(100).write_nbytes == 100
 
 
+def dense(*ne: int) -> OperandRef:
+    """As an op's contiguous F32 operand."""
+    a, b, c, d = (*ne, 1, 1, 1)[:4]
+    return OperandRef(0, 0, DType.F32, (a, b, c, d), (4, 4 * a, 4 * a * b, 4 * a * b * c))
+
+
+def test_lines_are_what_kernels_take_in_one_go() -> None:
+    x = dense(64, 10, 4)
+    half = replace(x, ne=(64, 5, 4, 1))
+
+    def lines(kind: Op, *src: OperandRef, dst: OperandRef = x, params: tuple[int, ...] = ()) -> int:
+        return work_of(replace(op(kind, dst, *src), params=params)).lines
+
+    assert [lines(Op.ADD, x, b) for b in (x, dense(1), dense(64), dense(1, 10))] == [1, 1, 40, 40]
+    assert [lines(kind, x) for kind in (Op.UNARY, Op.RMS_NORM, Op.CONT)] == [1, 40, 1]
+    assert lines(Op.CONT, half, dst=dense(64, 5, 4)) == 20
+    assert [lines(Op.CONCAT, x, x, params=(axis,)) for axis in (0, 1)] == [80, 40]
+    assert lines(Op.SET_ROWS, dense(64, 10), tensor(DType.I64, 10), dst=tensor(DType.F16, 64, 512)) == 10
+    product = work_of(op(Op.MUL_MAT, dense(128, 40), tensor(DType.Q8_0, 256, 128), dense(256, 40)))
+    assert (product.lines, product.hidden_nbytes, product.read_nbytes) == (128 * 40, 256 * 40 * 4, 0)
+
+
+def test_exponentials_are_scores_and_angles() -> None:
+    """Angles are computed once for all heads of a position."""
+    rope = work_of(op(Op.ROPE, dense(64, 9, 10), dense(64, 9, 10), tensor(DType.I32, 10)))
+    assert (rope.lines, rope.exps) == (90, 640)
+    q, cache = tensor(DType.F32, 128, 16, 32), tensor(DType.F16, 128, 1024, 8)
+    attention = op(Op.FLASH_ATTN_EXT, tensor(DType.F32, 128, 32, 16), q, cache, cache)
+    assert work_of(attention).exps == 16 * 32 * 1024
+    assert work_of(attention, streams=16).exps == 32 * 1024
+
+
 def test_a_token_reads_every_weight_but_the_embedding() -> None:
     """Llama 3.2 11B without an image: all of its text weights outside the cross layers, and of the caches what is asked
     for."""

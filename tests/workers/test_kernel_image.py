@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -132,3 +133,34 @@ def test_only_object_files_are_linked(damage: str) -> None:
     }
     with pytest.raises(ValueError):
         elf.link({"a": wrong[damage]})
+
+
+@pytest.fixture
+def homeless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The temporary directory of a user who has no other place to write to."""
+    for name in ("NUMBA_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", os.devnull)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def test_without_a_home_every_process_takes_the_same_directory(homeless: Path) -> None:
+    assert image.cache_directory() == image.cache_directory()
+    assert [path.stat().st_mode & 0o777 for path in homeless.iterdir()] == [0o700]
+
+
+@pytest.mark.parametrize("kind", ["link", "writable", "file"])
+def test_a_directory_that_others_may_have_made_is_not_taken(homeless: Path, kind: str) -> None:
+    taken = homeless / f"crossdock-cache-{os.getuid()}"
+    if kind == "link":
+        (homeless / "theirs").mkdir(mode=0o700)
+        taken.symlink_to(homeless / "theirs")
+    elif kind == "writable":
+        taken.mkdir()
+        taken.chmod(0o777)
+    else:
+        taken.touch()
+    chosen = image.cache_directory()
+    assert chosen != taken
+    assert chosen.stat().st_mode & 0o777 == 0o700

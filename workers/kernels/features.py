@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from protocol.features import disabled
+from protocol.features import disabled, of_cpu
 from workers.kernels import image
 
 KNOWN = ("avx2", "fma", "f16c")
@@ -20,7 +20,6 @@ MORE = ("vnni", "avx512")
 """The same, on top of all of KNOWN: products of four bytes, and those in vectors of 512 bits."""
 
 _OF_LLVM: dict[str, tuple[str, ...]] = {"vnni": ("avx512vnni", "avxvnni"), "avx512": ()}
-_WIDE = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni"}
 _COMPILED = re.compile(r"@kernel|njit|IRBuilder")
 _IMPORT = re.compile(r"^from workers\.kernels(?:\.([\w.]+) import|\s+import ([\w ,]+))", re.MULTILINE)
 
@@ -34,14 +33,7 @@ def detect(environ: Mapping[str, str] = os.environ) -> frozenset[str]:
         present = set()
     else:
         present = {name for name, on in _host().items() if on}
-    if {"avx512vnni", "avx512vl"} <= present or "avxvnni" in present:
-        present.add("vnni")
-    if present >= _WIDE:
-        present.add("avx512")
-    usable = frozenset((*KNOWN, *MORE)) & present - disabled(environ)
-    if "vnni" not in usable:
-        usable -= {"avx512"}
-    return usable if usable >= set(KNOWN) else usable - set(MORE)
+    return of_cpu(present, disabled(environ))
 
 
 @functools.cache

@@ -16,6 +16,7 @@ import json
 import mmap
 import os
 import re
+import stat
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -135,6 +136,17 @@ def _user_cache() -> Path:
             with contextlib.suppress(OSError):
                 chosen.mkdir(mode=0o700, parents=True, exist_ok=True)
                 return chosen
+    return _temporary_cache()
+
+
+def _temporary_cache() -> Path:
+    """For a user without a home: a directory that later processes and runs find again, if nobody else made it."""
+    chosen = Path(tempfile.gettempdir()) / f"crossdock-cache-{os.getuid()}"
+    with contextlib.suppress(OSError):
+        chosen.mkdir(mode=0o700, exist_ok=True)
+        found = chosen.lstat()
+        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022:
+            return chosen
     return Path(tempfile.mkdtemp(prefix="crossdock-cache-"))
 
 

@@ -1,0 +1,14 @@
+"""Pictures need matplotlib, which is no part of a plain installation."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+
+from protocol.errors import UsageError
+
+
+def check_matplotlib(option: str) -> None:
+    """Raises UsageError, with what would install it, when matplotlib is missing."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UsageError(f"{option}: matplotlib is missing: {sys.executable} -m pip install matplotlib")
