@@ -11,4 +11,5 @@ from protocol.errors import UsageError
 def check_matplotlib(option: str) -> None:
     """Raises UsageError, with what would install it, when matplotlib is missing."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError(f"{option}: matplotlib is missing: {sys.executable} -m pip install matplotlib")
+        install = f"{sys.executable} -m pip install matplotlib"
+        raise UsageError(f"{option}: matplotlib, the extra 'plots', is missing: {install}")

@@ -91,7 +91,7 @@ def test_what_cannot_be_drawn(arguments: tuple[str, ...], error: type[Exception]
 
 def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(UsageError, match=r"--memory-map map.svg: matplotlib is missing: .* -m pip install matplotlib"):
+    with pytest.raises(UsageError, match=r"--memory-map map.svg: matplotlib, .*missing: .* -m pip install matplotlib"):
         run_plan(TINY, "--memory-map", "map.svg")
 
 
