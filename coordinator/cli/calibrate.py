@@ -118,9 +118,10 @@ def fitted(raw: Raw, threads: int, effort: Effort, room: Room | None = None) -> 
     """What follows from the samples, which were taken with `room_of()` or another room."""
     room = room or room_of()
     samples = samples_of(room, effort, raw.ops)
-    shared, messages = fit_steps(raw.steps), fit_steps(raw.messages)
     costs = fit_costs(samples)
-    mixed = fit_mixed(mixtures_of(room, raw.ops, shared.first.base_s), costs, samples)
+    first = fit_steps(raw.steps, costs).first
+    mixed = fit_mixed(mixtures_of(room, raw.ops, first.base_s), costs, samples)
+    shared, messages = (fit_steps(of, costs, mixed) for of in (raw.steps, raw.messages))
     costs[OUTPUT] = Cost(byte_s=shared.output_byte_s)
     return Measured(samples, costs, mixed, middle_noise(raw.ops), shared, messages, threads, cache_nbytes())
 

@@ -13,10 +13,11 @@ from coordinator.cli.calibrate_rig import Loaded, Rig, Share
 from coordinator.config import Topology
 from coordinator.simulate.calibrate_cases import brief_op
 from coordinator.simulate.calibrate_fit import Sample, fit_sums, line, noise, typical
-from coordinator.simulate.calibrate_layers import LARGE, SMALL, every_case, layer_cases, layers
-from coordinator.simulate.calibrate_room import AUX, Case, Room, first_bytes
-from coordinator.simulate.hardware import Toll, Work
+from coordinator.simulate.calibrate_layers import LARGE, SMALL, Shape, ends, every_case, layer_cases, layers
+from coordinator.simulate.calibrate_room import AUX, PONG, Case, Room, first_bytes
+from coordinator.simulate.hardware import FREE, Cost, Toll, Work
 from coordinator.simulate.work import work_of
+from protocol.dtypes import DType
 from protocol.messages import Port
 from protocol.program import Instruction, Kind
 
@@ -34,11 +35,14 @@ OUTPUT_NBYTES: Final = (512, 64 << 10, 512 << 10)
 _HOPS_OF_A_SIZE: Final = 4
 _IN_A_ROW: Final = 4
 _NOTED: Final = {"first": 0, "split": 3}
-"""Runs of one op in a chain from worker 2 to 0 and back: worker 2 has RUN, SEND, RECV, RUN, and more behind them."""
+"""Runs of one op in a chain from worker 2 to 0 and back: worker 2 has RUN, SEND, RECV, RUN, WAIT and RUN."""
 _AFTER: Final = "after a sweep"
 
 SWEEP_NBYTES: Final = 40 << 20
 """A worker reads so much, a token's time in a model that no cache holds, to drive everything else out of the cache."""
+
+_MODELS: Final = {"": (SMALL[0], BUSY_NBYTES), f" {_AFTER}": (LARGE[0], SWEEP_NBYTES)}
+"""What is computed around noted runs: layers on one worker, an output on the other, each of about so many bytes."""
 
 Progress = Callable[[str], None]
 
@@ -161,7 +165,9 @@ class Chains:
             for worker in range(len(rig.sizes)):
                 for offset, data in first_bytes(self._room):
                     rig.write(worker, offset, data)
-            self._programs, self._noted = _programs(rig, self._room), _noted_programs(rig, self._room)
+            self._programs = _programs(rig, self._room)
+            for after, (shape, nbytes) in _MODELS.items():
+                self._noted[after] = rig.ship("split", noted_shares(self._room, shape, nbytes), noted=True)
             stack.pop_all()
         return self
 
@@ -186,15 +192,26 @@ class Chains:
         return seconds
 
 
-def fit_steps(seconds: Samples) -> Steps:
-    """What steps cost."""
+def fit_steps(seconds: Samples, costs: Mapping[str, Cost], mixed: Toll = FREE) -> Steps:
+    """What steps cost. `costs` and `mixed` say what of the noted runs is their op."""
     outside = {name: typical(values) for name, values in seconds.items()}
     _, byte_s = line([(nbytes * _HOPS_OF_A_SIZE, outside[f"bytes {nbytes}"]) for nbytes in HOP_NBYTES])
     _, output_s = line([(nbytes, outside[f"output {nbytes}"]) for nbytes in OUTPUT_NBYTES])
     warm, cold = _prices(outside, HOPS, ""), _prices(outside, HOPS_AFTER, f" {_AFTER}")
     step, further, wake, each = (Toll(a, max(0.0, b - a)) for a, b in zip(warm, cold, strict=True))
-    first, split = (Toll(outside[name], max(0.0, outside[f"{name} {_AFTER}"] - outside[name])) for name in _NOTED)
+    first, split = (_toll(name, outside, costs, mixed) for name in _NOTED)
     return Steps(step, further, first, split, wake, each, byte_s, output_s, middle_noise(seconds))
+
+
+def _toll(name: str, outside: Mapping[str, float], costs: Mapping[str, Cost], mixed: Toll) -> Toll:
+    """What a noted run took besides its op, warm and behind an emptied cache."""
+    left = []
+    for after, (shape, nbytes) in _MODELS.items():
+        of = ends(Room(Rig.ARENA, SWEEP_NBYTES), shape, nbytes, 0)
+        work, missed = work_of({"first": of.lookup, "split": of.norm}[name]), float(bool(after))
+        left.append(max(0.0, outside[name + after] - costs[work.key].seconds(work, missed) - mixed.seconds(missed)))
+    base_s, cold_s = left
+    return Toll(base_s, max(0.0, cold_s - base_s))
 
 
 def _prices(outside: Mapping[str, float], hops: Sequence[tuple[int, int]], after: str) -> list[float]:
@@ -230,23 +247,25 @@ def _programs(rig: Rig, room: Room) -> dict[str, Loaded]:
     return found
 
 
-def _noted_programs(rig: Rig, room: Room) -> dict[str, Loaded]:
-    """Runs of one operation around one of many, and behind them one of many on their own worker, as a model's output
-    is; what times depend on is appended to their names."""
-    brief = Share((brief_op(room),))
-    found: dict[str, Loaded] = {}
-    for after, run in (("", _busy(room)), (f" {_AFTER}", _sweep(room))):
-        shares = chain([brief, run, brief], [2, 0, 2], HOP_NBYTES[0])
-        many = Instruction(Kind.RUN, len(brief.ops), len(brief.ops) + len(run.ops), 2)
-        shares[2] = Share((*brief.ops, *run.ops), (*shares[2].instructions, many))
-        found[after] = rig.ship("split", shares, noted=True)
-    return found
+def noted_shares(room: Room, shape: Shape, nbytes: int) -> dict[int, Share]:
+    """The ends of a model on worker 2 around its layers on worker 0.
+
+    The two runs that are noted are of different ops with data of their own. Were the second one like the first, it
+    would find its code and data where that left them, in its own processor's cache, whatever others read meanwhile.
+    """
+    handed = DType.F32.row_nbytes(shape.width)
+    ops = ends(room, shape, nbytes, _into(handed)).ops
+    shares = chain([Share(ops), Share(layers(room, shape, nbytes)), Share(ops)], [2, 0, 2], handed)
+    program = [*shares[2].instructions, Instruction(Kind.RUN, len(ops) - 1, len(ops), 2)]
+    for op, number in enumerate(_NOTED.values()):
+        program[number] = replace(program[number], first=op, last=op + 1)
+    return shares | {2: _with_ports(Share(ops, tuple(program)), result=PONG)}
 
 
-def _with_ports(share: Share, nbytes: int = RESULT_NBYTES) -> Share:
-    """Inputs and a result as a step of a model has them, of so many bytes."""
+def _with_ports(share: Share, nbytes: int = RESULT_NBYTES, result: int = 0) -> Share:
+    """Inputs and a result as a step of a model has them, of so many bytes, which lies there."""
     inputs = tuple(Port(f"input {k}", Rig.ARENA, AUX + 4096 * k, n) for k, n in enumerate(INPUT_NBYTES))
-    return replace(share, inputs=inputs, outputs=(Port("result", Rig.ARENA, 0, nbytes),))
+    return replace(share, inputs=inputs, outputs=(Port("result", Rig.ARENA, result, nbytes),))
 
 
 def _busy(room: Room) -> Share:

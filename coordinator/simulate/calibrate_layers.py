@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from coordinator.simulate.calibrate_cases import alone, cases
-from coordinator.simulate.calibrate_room import AUX, WEIGHTS, Case, Room
+from coordinator.simulate.calibrate_room import AUX, PONG, WEIGHTS, Case, Room
 from protocol.dtypes import DType
 from protocol.ops import GluOp, Op
 from protocol.program import OperandRef, OpRecord
@@ -77,6 +77,37 @@ def every_case(room: Room, *, quick: bool = False) -> Iterator[Case]:
         if case.name not in known:
             known.add(case.name)
             yield case
+
+
+@dataclass(frozen=True, slots=True)
+class Ends:
+    """What of a language model its host computes when layers lie elsewhere, for one token: a row of the embedding, the
+    weights of the last norm, and the output, whose matrix is that of the embedding."""
+
+    lookup: OpRecord
+    norm: OpRecord
+    output: OpRecord
+
+    @property
+    def ops(self) -> tuple[OpRecord, OpRecord, OpRecord]:
+        """In their order."""
+        return self.lookup, self.norm, self.output
+
+
+def ends(room: Room, shape: Shape, nbytes: int, received: int) -> Ends:
+    """Those around layers of this shape, with an output of about so many bytes.
+
+    The lookup leaves its row at the arena's start; the norm finds its values at `received`; the output ends at PONG.
+    """
+    rows = nbytes // shape.dtype.row_nbytes(shape.width)
+    table = room.operand(WEIGHTS, shape.dtype, shape.width, rows)
+    weights = room.operand(WEIGHTS + -(-table.span // _ALIGNMENT) * _ALIGNMENT, DType.F32, shape.width)
+    x, normed = (room.operand(at, DType.F32, shape.width) for at in (received, received + _SLOT))
+    return Ends(
+        OpRecord(0, Op.GET_ROWS, (), room.operand(0, DType.F32, shape.width), (table, room.operand(AUX, DType.I32, 1))),
+        OpRecord(1, Op.MUL, (), normed, (x, weights)),
+        OpRecord(2, Op.MUL_MAT, (), room.operand(PONG, DType.F32, rows), (table, normed)),
+    )
 
 
 def layers(room: Room, shape: Shape, nbytes: int) -> tuple[OpRecord, ...]:

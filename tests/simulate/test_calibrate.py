@@ -11,7 +11,20 @@ from typing import Any
 import pytest
 
 from coordinator.cli.calibrate import Measured, fitted, write
-from coordinator.cli.calibrate_measure import Chains, Effort, Operations, Raw, Steps, samples_of
+from coordinator.cli.calibrate_measure import (
+    HOP_NBYTES,
+    HOPS,
+    HOPS_AFTER,
+    OUTPUT_NBYTES,
+    Chains,
+    Effort,
+    Operations,
+    Raw,
+    Steps,
+    fit_steps,
+    noted_shares,
+    samples_of,
+)
 from coordinator.cli.calibrate_rig import Rig
 from coordinator.cli.parser import parse
 from coordinator.cli.simulate_model import machine_of
@@ -32,8 +45,8 @@ from coordinator.simulate.calibrate_fit import (
     noise,
     typical,
 )
-from coordinator.simulate.calibrate_layers import layer_cases
-from coordinator.simulate.calibrate_room import Room
+from coordinator.simulate.calibrate_layers import LARGE, SMALL, Shape, ends, layer_cases
+from coordinator.simulate.calibrate_room import WEIGHTS, Room
 from coordinator.simulate.engine import simulate
 from coordinator.simulate.hardware import Cost, DeviceModel, LinkModel, Toll, Work
 from coordinator.simulate.lowered import time_program
@@ -44,6 +57,7 @@ from coordinator.simulate.timed import Job
 from coordinator.simulate.work import OUTPUT, work_of
 from protocol.dtypes import DType
 from protocol.errors import Exit, UsageError
+from protocol.ops import Op
 from protocol.program import Kind
 from workers.kernels import table
 from workers.kernels.stage import Operand
@@ -133,6 +147,60 @@ def test_what_ops_cost_more_among_others() -> None:
     doubled = [(works, 2 * seconds, missed) for _, seconds, missed in mixtures]
     found = fit_mixed(doubled, costs, slower)  # what was measured counts more than what was fitted
     assert (found.base_s, found.missed_s) == pytest.approx((2e-7, 6e-7))
+
+
+def outside_of(step: Toll, further: Toll, wake: Toll, each: Toll) -> dict[str, list[float]]:
+    """What chains take outside of ops when this is what steps cost."""
+    found = {f"bytes {n}": [4e-10 * n + 1e-4] for n in HOP_NBYTES} | {f"output {n}": [1e-4] for n in OUTPUT_NBYTES}
+    for after, missed, hops in (("", 0.0, HOPS), (" after a sweep", 1.0, HOPS_AFTER)):
+        a, b, c, d = (toll.seconds(missed) for toll in (step, further, wake, each))
+        found |= {f"alone{after}": [a], f"three{after}": [a + 2 * b + 3 * c + 3 * d]}
+        found |= {f"hops {n} of {k}{after}": [a + b + n * c + n * k * d] for n, k in hops}
+    return found
+
+
+def test_what_a_run_costs_besides_its_op() -> None:
+    """Runs are noted with their one op, and simulated as what they cost besides and the op."""
+    first, split, mixed = Toll(2e-7, 1e-6), Toll(1e-7, 8e-7), Toll(1e-8, 2e-7)
+    costs = {"GET_ROWS.q8_0": Cost(op_s=3e-8, byte_s=1e-11), "MUL.f32": Cost(op_s=2e-8, byte_s=2e-11)}
+    device = DeviceModel("cpu", "cpu", 0, 1e9, {"f32": 1e9}, costs=costs, mixed=mixed)
+    others = (Toll(50e-6, 30e-6), Toll(80e-6, 40e-6), Toll(25e-6, 70e-6), Toll(3e-6, 2e-6))
+    seconds = outside_of(*others)
+    for after, missed, shape in (("", 0.0, SMALL[0]), (" after a sweep", 1.0, LARGE[0])):
+        of = ends(ROOM, shape, 1 << 20, 4096)
+        seconds[f"first{after}"] = [first.seconds(missed) + device.seconds(work_of(of.lookup), missed)]
+        seconds[f"split{after}"] = [split.seconds(missed) + device.seconds(work_of(of.norm), missed)]
+    found = fit_steps(seconds, costs, mixed)
+    pairs = [(found.first, first), (found.split, split)]
+    pairs += zip((found.step, found.further, found.wake, found.each), others, strict=True)
+    for toll, expected in pairs:
+        assert (toll.base_s, toll.missed_s) == pytest.approx((expected.base_s, expected.missed_s))
+    assert fit_steps(seconds, {key: Cost(op_s=1.0) for key in costs}).split == Toll()
+
+
+@pytest.mark.parametrize("shape", [SMALL[0], LARGE[0]])
+def test_noted_runs_find_neither_code_nor_data_where_others_left_it(shape: Shape) -> None:
+    worker = noted_shares(ROOM, shape, 3 << 20)[2]
+    runs = [worker.ops[item.first : item.last] for item in worker.instructions if item.kind is Kind.RUN]
+    assert [[op.op for op in run] for run in runs] == [[Op.GET_ROWS], [Op.MUL], [Op.MUL_MAT]]
+    received = {(item.offset, item.nbytes) for item in worker.instructions if item.kind is Kind.RECV}
+    sent = {(item.offset, item.nbytes) for item in worker.instructions if item.kind is Kind.SEND}
+    (lookup,), (norm,), (output,) = runs
+    assert sent == {(lookup.dst.offset, lookup.dst.span)}
+    assert norm.src[0] is not None
+    assert received == {(norm.src[0].offset, norm.src[0].span)}
+    assert output.src[1] == norm.dst
+    places = [lookup.dst, norm.src[0], norm.src[1], norm.dst, output.src[0], output.dst]
+    spans = sorted((o.offset, o.offset + o.span) for o in places if o is not None)
+    assert len(spans) == len(places)
+    assert all(end <= start for (_, end), (start, _) in pairwise(spans))
+    assert spans[-1][1] <= ROOM.nbytes
+    assert output.src[0] is not None
+    assert output.src[0].offset >= WEIGHTS
+    for op in (lookup, norm, output):
+        operands = [None if ref is None else Operand(ref.dtype, ref.ne, ref.nb) for ref in (op.dst, *op.src)]
+        assert operands[0] is not None
+        assert table.select(op.op, operands[0], tuple(operands[1:]), op.params, 1, table.EXACT), op
 
 
 def test_measured_costs_replace_the_law() -> None:
