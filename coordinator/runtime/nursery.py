@@ -10,6 +10,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,34 @@ from protocol.errors import WorkerError
 _SET_SUBREAPER, _GET_SUBREAPER = 36, 37  # prctl's PR_SET_CHILD_SUBREAPER, PR_GET_CHILD_SUBREAPER
 _NAP_S = 0.001
 _LAST_S = 1.0  # for those who were just being born when it ended
+
+
+class _Adoption:
+    """Whether orphans among our descendants become our children: while any nursery of this process bears workers."""
+
+    def __init__(self) -> None:
+        self._lock, self._n, self._was = threading.Lock(), 0, 0
+
+    def begin(self) -> bool:
+        """From now on; False where the system cannot do it."""
+        was, libc = ctypes.c_int(0), ctypes.CDLL(None)
+        with self._lock:
+            if self._n == 0:
+                if libc.prctl(_GET_SUBREAPER, ctypes.byref(was), 0, 0, 0) or libc.prctl(_SET_SUBREAPER, 1, 0, 0, 0):
+                    return False
+                self._was = was.value
+            self._n += 1
+        return True
+
+    def end(self) -> None:
+        """One nursery less; after the last one everything is as it was."""
+        with self._lock:
+            self._n -= 1
+            if self._n == 0:
+                ctypes.CDLL(None).prctl(_SET_SUBREAPER, self._was, 0, 0, 0)
+
+
+_ADOPTION = _Adoption()
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +66,8 @@ class Nursery:
     It loads libraries and kernels once. Workers share that memory and are ready in milliseconds.
     """
 
-    def __init__(self, process: subprocess.Popen[bytes], report: int, names: Sequence[str], was_reaper: int) -> None:
-        self.process, self._report, self._names, self._was_reaper = process, report, tuple(names), was_reaper
+    def __init__(self, process: subprocess.Popen[bytes], report: int, names: Sequence[str]) -> None:
+        self.process, self._report, self._names, self._adopts = process, report, tuple(names), True
         self.pids: dict[str, int] = {}
         self.n_reports = 0
         self.compiling = False
@@ -47,8 +76,7 @@ class Nursery:
     @classmethod
     def start(cls, directory: str, cradles: Sequence[Cradle], arithmetic: str) -> Nursery | None:
         """Start it; None where the system would not make its orphans our children. Raises WorkerError."""
-        was = _become_reaper()
-        if was is None:
+        if not _ADOPTION.begin():
             return None
         names = [cradle.name for cradle in cradles]
         command = [sys.executable, "-P", "-m", "workers.nursery", directory, ",".join(names)]
@@ -68,7 +96,7 @@ class Nursery:
                 )
         except OSError as error:
             os.close(report)
-            _set_reaper(was)
+            _ADOPTION.end()
             raise WorkerError(f"cannot start {sys.executable}: {error.strerror}") from None
         finally:
             os.close(theirs)
@@ -78,7 +106,7 @@ class Nursery:
             process.stdin.write(line.encode() + b"\n")
             process.stdin.flush()
             process.stdin.close()
-        return cls(process, report, names, was)
+        return cls(process, report, names)
 
     @property
     def silent(self) -> bool:
@@ -100,7 +128,7 @@ class Nursery:
             self.n_reports += len(lines)
             for line in lines:
                 self._note(line.decode("utf-8", "replace").split())
-        if self.process.poll() is not None and self._was_reaper >= 0 and len(self.pids) == len(self._names):
+        if self.process.poll() is not None and self._adopts and len(self.pids) == len(self._names):
             self._let_go()
 
     def _note(self, words: list[str]) -> None:
@@ -109,8 +137,8 @@ class Nursery:
             self.pids[words[1]] = int(words[2])
 
     def _let_go(self) -> None:
-        _set_reaper(self._was_reaper)
-        self._was_reaper = -1
+        self._adopts = False
+        _ADOPTION.end()
 
     def end(self) -> None:
         """End it now, with what it has started; afterwards `pids` are those of all workers that were born."""
@@ -126,7 +154,7 @@ class Nursery:
         if self._report >= 0:
             os.close(self._report)
             self._report = -1
-        if self._was_reaper >= 0:
+        if self._adopts:
             self._let_go()
 
 
@@ -196,16 +224,3 @@ def _exists(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return True
-
-
-def _become_reaper() -> int | None:
-    """Orphans among our descendants become our children; what was before, None where the system cannot do it."""
-    was = ctypes.c_int(0)
-    libc = ctypes.CDLL(None)
-    if libc.prctl(_GET_SUBREAPER, ctypes.byref(was), 0, 0, 0) or libc.prctl(_SET_SUBREAPER, 1, 0, 0, 0):
-        return None
-    return was.value
-
-
-def _set_reaper(value: int) -> None:
-    ctypes.CDLL(None).prctl(_SET_SUBREAPER, value, 0, 0, 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 from coordinator.model.presets import open_blueprint
 from coordinator.runtime.compare import compare
 from coordinator.runtime.inputs import text_inputs, vision_inputs, vision_inputs_2024
+from coordinator.runtime.nursery import Nursery
 from coordinator.runtime.recording import Recorder, Recording, header
 from protocol.features import has
 from tests.integration.describing import fleet_of
@@ -63,13 +65,32 @@ def test_layers_are_told_in_the_order_they_are_computed() -> None:
     assert [part.label for part in compare(a, b).layers] == ["vision 3", "vision 10", "language 0", "language 11"]
 
 
+def adopts() -> int:
+    found = ctypes.c_int(-1)
+    ctypes.CDLL(None).prctl(37, ctypes.byref(found), 0, 0, 0)  # PR_GET_CHILD_SUBREAPER
+    return found.value
+
+
+@pytest.mark.skipif(not has("fork"), reason="workers are started one by one here")
+def test_two_fleets_at_once_leave_it_as_it_was(tmp_path: Path) -> None:
+    """The first to begin is the first to end: the other one still wants its orphans."""
+    with ExitStack() as second:
+        with ExitStack() as first:
+            first.callback(start_nursery(tmp_path).end)
+            second.callback(start_nursery(tmp_path).end)
+        assert adopts() == 1
+    assert adopts() == 0
+
+
+def start_nursery(directory: Path) -> Nursery:
+    """One that bears nobody."""
+    made = Nursery.start(str(directory), [], "")
+    assert made is not None
+    return made
+
+
 @pytest.mark.skipif(not has("fork"), reason="workers are started one by one here")
 def test_orphans_are_ours_only_while_workers_are_born() -> None:
-    def adopts() -> int:
-        found = ctypes.c_int(-1)
-        ctypes.CDLL(None).prctl(37, ctypes.byref(found), 0, 0, 0)  # PR_GET_CHILD_SUBREAPER
-        return found.value
-
     before = adopts()
     with fleet_of("null:1"):
         pass
