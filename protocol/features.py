@@ -29,9 +29,9 @@ def disabled(environ: Mapping[str, str] = os.environ) -> frozenset[str]:
 def of_cpu(present: Collection[str], off: Collection[str]) -> frozenset[str]:
     """Those of CPU_SWITCHES that kernels may use on a CPU with these features, by LLVM's names, and without those that
     are `off`. vnni and avx512 are used on top of the other three, and avx512 on top of vnni."""
-    basic = frozenset({"avx2", "fma", "f16c"} & set(present) - set(off))
-    found = set(basic)
-    if len(basic) == 3 and "vnni" not in off and ({"avx512vnni", "avx512vl"} <= set(present) or "avxvnni" in present):
+    basic = {"avx2", "fma", "f16c"}
+    found = basic & set(present) - set(off)
+    if found == basic and "vnni" not in off and ({"avx512vnni", "avx512vl"} <= set(present) or "avxvnni" in present):
         found.add("vnni")
         if set(present) >= _WIDE and "avx512" not in off:
             found.add("avx512")

@@ -25,13 +25,12 @@ from coordinator.report.text import notes, plain
 from coordinator.runtime.fleet import FleetOptions
 from coordinator.runtime.session import KV_PADDING, SessionOptions
 from coordinator.schedule.devices import MAX_DEVICES
-from coordinator.simulate.fabric import Pool
-from coordinator.simulate.hardware import DeviceModel, LinkModel
+from coordinator.simulate.hardware import DeviceModel, LinkModel, Pool
 from coordinator.simulate.machine import Machine, make_machine
 from coordinator.simulate.network import Network, links, load_network, uniform
 from coordinator.simulate.scale import MAX_SCALE, MAX_STAGES, ScalePoint, scaling
 from coordinator.simulate.series import Load, Options
-from coordinator.simulate.system import load_pool, load_system, on_one_machine
+from coordinator.simulate.system import load_system, on_one_machine
 from protocol.dtypes import dtype_of
 from protocol.errors import Exit, UsageError
 
@@ -114,7 +113,8 @@ def _asked(chosen: argparse.Namespace, system: Path) -> Asked:
             f"--simulate: no {HERE} in this folder: `crossdock calibrate -o {HERE}` measures this machine in some "
             "minutes, or name a system: --simulate SYSTEM.toml"
         )
-    devices = load_system(system).devices
+    modelled = load_system(system)
+    devices, pool = modelled.devices, modelled.pool
     if len(devices) < 2:
         raise UsageError(f"--simulate {system}: no device besides the host: expected an accelerator to have more of")
     worker, host = devices[0], devices[-1]
@@ -132,7 +132,7 @@ def _asked(chosen: argparse.Namespace, system: Path) -> Asked:
             model, blueprint.params, session, FleetOptions(chosen.transport, arithmetic=chosen.arithmetic), load,
             chosen.threads[0] if chosen.threads else 1, chosen.repetitions or REPETITIONS,
         )  # fmt: skip
-    workers, network, pool = _workers(chosen.workers), _network(chosen.network, system), load_pool(system)
+    workers, network = _workers(chosen.workers), _network(chosen.network, system)
     return Asked(
         blueprint, _machines(worker, host, network, pool), _machines(worker, host, network, None), pool,
         Options(n_ctx=n_ctx, kv_dtype=kv_dtype), load, workers,

@@ -22,7 +22,7 @@ from coordinator.simulate.predict import predict
 from coordinator.simulate.search import search
 from coordinator.simulate.series import Load, Options, make_series
 from coordinator.simulate.sweep import parse_sweep, sweep
-from coordinator.simulate.system import load_pool, load_system, on_one_machine
+from coordinator.simulate.system import load_system, on_one_machine
 from protocol.dtypes import dtype_of
 from protocol.errors import Exit, UsageError
 
@@ -56,7 +56,7 @@ def machine_of(system: str | None, network: str) -> Machine:
     """The machine of a system file, and a network file or one kind of link for all. Raises UsageError."""
     if system is None:
         raise UsageError("--system TOML is missing: the devices to simulate (examples/systems has some)")
-    devices = load_system(Path(system)).devices
+    modelled = load_system(Path(system))
     found = _network(network)
 
     def link_of(source: str, target: str) -> LinkModel | None:
@@ -65,7 +65,7 @@ def machine_of(system: str | None, network: str) -> Machine:
         except UsageError:
             return None  # an error only if the plan sends something there
 
-    return on_one_machine(make_machine(devices, link_of, found.capacity), load_pool(Path(system)))
+    return on_one_machine(make_machine(modelled.devices, link_of, found.capacity), modelled.pool)
 
 
 def _network(text: str) -> Network:

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from coordinator.report.plan import memory_table, ranges
 from coordinator.report.text import plain, plural, show_bytes
-from coordinator.simulate.fabric import Pool
+from coordinator.simulate.hardware import Pool
 from coordinator.simulate.machine import Machine
 from coordinator.simulate.predict import Cause, Phase, Prediction, causes
 from coordinator.simulate.series import Load, Series

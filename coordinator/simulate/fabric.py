@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from coordinator.simulate.hardware import FREE, Toll
+from coordinator.simulate.hardware import FREE, Pool, Toll
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,16 +31,6 @@ class Route:
 
 
 @dataclass(frozen=True, slots=True)
-class Pool:
-    """Workers on one machine: so many `processors` compute for all of them, 1.5 of them where two get half as much more
-    done than one, and its `memory` delivers so many bytes/s to all; 0: as many as they ask for."""
-
-    processors: float
-    workers: frozenset[int]
-    memory: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
 class Fabric:
     """Routes, their indices by (from, to) worker, the bytes/s of each shared medium, and workers that share processors:
     in at most one pool each, in none where they have processors of their own."""
@@ -50,6 +40,11 @@ class Fabric:
     capacity: tuple[float, ...] = ()
     media: tuple[str, ...] = ()
     pools: tuple[Pool, ...] = ()
+
+    @property
+    def shares_memory(self) -> bool:
+        """True when what workers ask of the memory matters."""
+        return any(pool.memory for pool in self.pools)
 
     def between(self, source: int, target: int) -> Route:
         """The route from one worker to another. Raises KeyError when there is none."""

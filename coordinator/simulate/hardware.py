@@ -239,10 +239,22 @@ class LinkModel:
 
 
 @dataclass(frozen=True, slots=True)
+class Pool:
+    """Workers on one machine: so many `processors` compute for all of them, 1.5 of them where two get half as much more
+    done than one, and its `memory` delivers so many bytes/s to all; 0: as many as they ask for."""
+
+    processors: float
+    workers: frozenset[int]
+    memory: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class System:
-    """Devices in priority order, as in a topology file."""
+    """Devices in priority order, as in a topology file, and what those of class cpu share; None: each has processors
+    and memory of its own."""
 
     devices: tuple[DeviceModel, ...]
+    pool: Pool | None = None
 
     def device(self, name: str) -> DeviceModel:
         """The device called `name`; KeyError if there is none."""

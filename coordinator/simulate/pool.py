@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from coordinator.schedule.lower import Lowered
-from coordinator.simulate.fabric import Fabric, Pool
-from coordinator.simulate.hardware import DeviceModel
+from coordinator.simulate.fabric import Fabric
+from coordinator.simulate.hardware import DeviceModel, Pool
 from coordinator.simulate.timed import Do, Timed
 from coordinator.simulate.work import weight_footprint
 

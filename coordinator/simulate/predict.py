@@ -68,7 +68,7 @@ def predict(series: Series, *, seed: int = 0, check: bool = False) -> Prediction
     timeline = simulate(
         [model.async_copies for model in machine.models], machine.fabric, series.programs,
         [series.jobs] * load.n_requests, seed=seed, check=check, record=True,
-        demands=demands_of(series.lowered, series.programs, machine.models) if machine.fabric.pools else (),
+        demands=demands_of(series.lowered, series.programs, machine.models) if machine.fabric.shares_memory else (),
     )  # fmt: skip
     phases = tuple(_phase(timeline, tag) for tag in PHASES if tag in timeline.tallies)
     spans = {phase.tag: phase.seconds for phase in phases}

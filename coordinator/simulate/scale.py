@@ -135,7 +135,7 @@ def run_pipelines(series: Series, pipelines: int, requests: int, *, seed: int = 
 
 def _demands(series: Series, stages: int, pipelines: int) -> Demands:
     """What the copies of each program ask of the memory, where workers share it."""
-    if not any(pool.memory for pool in series.machine.fabric.pools):
+    if not series.machine.fabric.shares_memory:
         return ()
     found: list[tuple[float, ...]] = []
     for p in range(pipelines):

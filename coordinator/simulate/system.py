@@ -8,8 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from coordinator.simulate.fabric import Pool
-from coordinator.simulate.hardware import CLASSES, FAMILIES, KINDS, Cost, DeviceModel, System
+from coordinator.simulate.hardware import CLASSES, FAMILIES, KINDS, Cost, DeviceModel, Pool, System
 from coordinator.simulate.known import constants, find_spec, specs
 from coordinator.simulate.law import NOW, Spec, device_of
 from coordinator.simulate.machine import Machine
@@ -35,7 +34,7 @@ def presets(year: float = NOW) -> Mapping[str, DeviceModel]:
 def load_system(path: Path) -> System:
     """A machine from TOML: `schema = 1` and `[[device]]` tables in priority order, the host's CPU last.
 
-    `processors` and `memory_gbs` are shared by all devices of class cpu, workers on one machine (`load_pool`).
+    `processors` and `memory_gbs` are shared by all devices of class cpu, workers on one machine (`Pool`).
     A device has a `name` (and `count`, which numbers it from 0) and either a `preset`, a known device's name, or a
     `class` with what is specified of it (bandwidth_gbs, fp16_tflops, sm, ghz, watts, tags). `year` chooses the era of
     the builds, `flash_attention` whether it is used. Everything that follows from the class can be said instead:
@@ -48,7 +47,7 @@ def load_system(path: Path) -> System:
     document = read_toml(path)
     only_keys(document, ("device", "year", "flash_attention", "processors", "memory_gbs"), str(path))
     top = Table(document, str(path))
-    _read_pool(top)
+    pool = _read_pool(top)
     year = top.number("year", NOW, low=2023, high=2100)
     flash = top.flag("flash_attention", True)
     devices: list[DeviceModel] = []
@@ -66,16 +65,7 @@ def load_system(path: Path) -> System:
     twice = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
     if twice is not None:
         raise UsageError(f"{path}: two devices are called {twice!r}")
-    return System(tuple(devices))
-
-
-def load_pool(path: Path) -> Pool | None:
-    """What all devices of class cpu in a system file share, None: each has processors and memory of its own.
-
-    `processors` need not be whole: with 1.5 two get half as much more done than one. `memory_gbs` is what all of them
-    together read weights at, as far as the cache lost them. Raises UsageError.
-    """
-    return _read_pool(Table(read_toml(path), str(path)))
+    return System(tuple(devices), pool)
 
 
 def _read_pool(top: Table) -> Pool | None:

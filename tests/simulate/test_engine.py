@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from coordinator.simulate.critical import critical_path, totals
 from coordinator.simulate.engine import simulate
-from coordinator.simulate.fabric import Fabric, Pool, Route
+from coordinator.simulate.fabric import Fabric, Route
 from coordinator.simulate.flows import uniform
+from coordinator.simulate.hardware import Pool
 from coordinator.simulate.timed import Act, Do, Hop, Job, Timed
 from coordinator.simulate.timeline import Timeline
 from protocol.errors import PlanError

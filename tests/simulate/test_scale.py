@@ -10,7 +10,7 @@ import pytest
 from machines import gpu, host, machine
 
 from coordinator.model.presets import Blueprint, open_blueprint
-from coordinator.simulate.fabric import Pool
+from coordinator.simulate.hardware import Pool
 from coordinator.simulate.machine import Machine
 from coordinator.simulate.pool import demands_of
 from coordinator.simulate.scale import ScalePoint, scaling
