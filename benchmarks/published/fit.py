@@ -31,7 +31,8 @@ CLASSES_HEAD = """\
 # name@tag multiplies name for devices with that tag, name~year for builds up to that year.
 # eb: share of the bandwidth that reads weights. q, qk: 1e9 quantised (qk: K-quantised) weights unpacked per second and
 # unit (SM x GHz for NVIDIA, TFLOP/s of f16 else). ekv: share of the bandwidth that reads the KV cache; kvu: GB/s of it
-# per unit. c_us: overhead of a layer, c_us_core: and core. pp_*: TFLOP/s per unit in prompts, ppa: of attention;
+# per unit. c_us: overhead of a layer (NVIDIA: at 2 GHz), c_us_core: and core. pp_*: TFLOP/s per unit in prompts, ppa:
+# of attention, besides moving its scores;
 # power: exponent of the power limit per unit against `watts`. moe_us: overhead of a layer of experts (set, not
 # fitted). layers: hop_us and hop_gbs from device to device, overlap of pipelined prompts and the layers per device at
 # which half of it is lost.

@@ -80,7 +80,9 @@ def _check_units(specs: tuple[Spec, ...]) -> None:
 
 
 def _flash(row: Row) -> bool:
-    return re.search(r"\bfa\s*=\s*(1|on|yes)", row.notes.lower()) is not None
+    """Whether the row's notes say so; of a table whose "CUDA rows" have it, other rows have not."""
+    said = re.search(r"(cuda rows )?\bfa\s*=\s*(1|on|yes)", row.notes.lower())
+    return said is not None and (not said[1] or row.cls.startswith("nv"))
 
 
 def _remote(row: Row, mode: str) -> int:

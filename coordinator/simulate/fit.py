@@ -32,7 +32,7 @@ PRIORS: Final[Mapping[str, Mapping[str, Mapping[str, tuple[float, float]]]]] = {
         "prompt": {
             "pp_quant": (0.55, 0.3), "pp_f16": (0.75, 0.3), "pp_quant@narrow": (0.65, 0.3), "pp_f16@wide": (1.5, 0.4),
             "power": (0.4, 0.5), "pp_quant~2024.1": (0.55, 0.4), "pp_quant~2024.5": (0.8, 0.3),
-            "pp_f16~2024.1": (0.7, 0.3), "ppa": (0.1, 0.7),
+            "pp_f16~2024.1": (0.7, 0.3), "ppa": (0.2, 0.7),
         },
     },
     "nvidia-old": {
@@ -49,7 +49,8 @@ PRIORS: Final[Mapping[str, Mapping[str, Mapping[str, tuple[float, float]]]]] = {
         "decode": {"eb": (0.9, 0.05), "qk": (400, 0.7), "qk~2024.5": (0.5, 0.7), "c_us": (150, 0.4), "kvu": (4.5, 0.7),
                    "qk@m1": (0.8, 0.3), "c_us@m1": (1.1, 0.15), "c_us@m3": (0.9, 0.1), "c_us@m4": (0.8, 0.2),
                    "eb@ultra": (0.95, 0.1)},
-        "prompt": {"pp_f16": (0.74, 0.2), "pp_quant": (0.75, 0.2), "pp_quant@K": (0.9, 0.1), "ppa": (0.15, 0.7),
+        "prompt": {"pp_f16": (0.74, 0.2), "pp_quant": (0.75, 0.2), "pp_quant@K": (0.9, 0.1), "ppa": (0.3, 0.7),
+                   "pp_quant@m3": (1.05, 0.1), "pp_quant@m4": (1.05, 0.1),
                    "pp_quant~2023.7": (0.5, 0.3), "pp_quant~2025.0": (0.9, 0.15)},
     },
     "intel": {
@@ -70,11 +71,11 @@ PRIORS: Final[Mapping[str, Mapping[str, Mapping[str, tuple[float, float]]]]] = {
 FIXED: Final[Mapping[str, Mapping[str, float]]] = {
     "nvidia": {"watts": 2.4, "watts@ada": 2 / 3, "watts@blackwell": 2 / 3, "moe_us": 300, "pp_quant@vulkan": 0.75,
                "pp_f16~2024.5": 1.0},
-    "nvidia-old": {"ekv": 0.36, "ppa": 0.1, "pp_f16": 0.15, "moe_us": 300},
-    "amd": {"ekv": 0.3, "ppa": 0.1, "pp_f16": 0.4, "moe_us": 370},
+    "nvidia-old": {"ekv": 0.36, "ppa": 0.2, "pp_f16": 0.15, "moe_us": 300},
+    "amd": {"ekv": 0.3, "ppa": 0.2, "pp_f16": 0.4, "moe_us": 370},
     "apple": {"moe_us": 200},
-    "intel": {"ekv": 0.3, "ppa": 0.05, "pp_f16": 0.2, "moe_us": 400},
-    "cpu": {"ekv": 0.5, "ppa": 0.3, "pp_f16": 0.5, "moe_us": 400},
+    "intel": {"ekv": 0.3, "ppa": 0.1, "pp_f16": 0.2, "moe_us": 400},
+    "cpu": {"ekv": 0.5, "ppa": 0.6, "pp_f16": 0.5, "moe_us": 400},
     "layers": {"hop_gbs": 4.8, "moe_prompt": 3.5},
 }  # fmt: skip
 """What no rows of the class can tell apart, and was set."""

@@ -18,12 +18,24 @@ OPS_PER_LAYER: Final = 21
 """Ops of a llama layer that are computed; the overhead of a layer is spread over them."""
 
 FLASH_GAIN: Final = 3.0
-"""Attention over a prompt is about this much faster with flash attention (assumed; two rows show it)."""
+"""Flash attention over a prompt computes about this much faster (assumed; five rows show it), and no faster than
+products of f16."""
+
+CLOCK_GHZ: Final = 2.0
+"""The clock at which NVIDIA's overhead of a layer is given: it goes with the length of a cycle."""
+
+SCORES: Final = 16 / (4 * 128)
+"""Bytes of scores for each FLOP of attention over a prompt, without flash attention: f32 written by one product, read
+and written by the softmax, read by the next product; heads 128 wide, as those of nearly all language models."""
 
 BETWEEN: Final = 4.5 / 4096
 """Bytes that ops between the products of a llama layer move for each FLOP of these products: norms, additions, products
-by value, writing the cache. 4.2 to 4.8 over the width, counted in graphs of 7B to 70B; most of the models that the
-constants were fitted to are 4096 wide."""
+by value, writing the cache.
+
+With E values in a layer's width, H in all query heads, K in all key heads and F in the MLP these are, by token,
+56 E + 8 H + 20 K + 12 F bytes and 2 E (2 H + 2 K + 3 F) FLOPs: 4.8 / E in llama 7B and 4.3 / E in llama 3 8B, which
+are 4096 wide and most of what the constants were fitted to. A backend that fuses these ops, or keeps what they move in
+a cache, is faster at all of it; the rates of whole layers say how fast."""
 
 MOST_BETWEEN: Final = 0.5
 """Of a product's time by its class's rate, at most so much was theirs."""
@@ -117,8 +129,8 @@ def device_of(spec: Spec, constants: Constants, year: float = NOW, *, flash: boo
 
     Decode: W / (eb bandwidth) + weights / (q units) for quantised types + KV / (ekv bandwidth + kvu units) + c per
     layer (for a CPU: and its threads meet after every op, c_us_core for each core). Prompt: W / (0.8 bandwidth) +
-    FLOPs / (pp units power^a) + attention FLOPs / (ppa units) + c per layer; FLOPs stand for all that goes on in a
-    layer.
+    FLOPs / (pp units power^a) + attention FLOPs / (ppa units) + scores / (eb bandwidth) + c per layer; FLOPs stand for
+    all that goes on in a layer, and flash attention has no scores in memory.
     """
 
     def c(name: str, *more: str) -> float:
@@ -126,6 +138,7 @@ def device_of(spec: Spec, constants: Constants, year: float = NOW, *, flash: boo
 
     k, units = spec.k_decode, spec.units
     eb = c("eb")
+    rates = _rates(spec, constants, year)
     kv = c("ekv") * spec.bandwidth + c("kvu") * 1e9 * units
     efficiency = {
         "matvec": eb * k,
@@ -139,15 +152,29 @@ def device_of(spec: Spec, constants: Constants, year: float = NOW, *, flash: boo
         cls=spec.cls,
         memory_nbytes=spec.memory_nbytes,
         bandwidth=spec.bandwidth,
-        rates=_rates(spec, constants, year),
+        rates=rates,
         efficiency=efficiency,
         weights_per_s={key: rate * k for key, rate in _unpacking(spec, constants, year).items()},
-        attention_rate=c("ppa") * 1e12 * units * (FLASH_GAIN if flash else 1.0) * spec.k_prompt,
-        launch_s=(c("c_us") + c("c_us_core") * spec.sm) * 1e-6 / OPS_PER_LAYER / k,
+        attention_rate=_attention(spec, c("ppa"), eb, rates["f16"], flash),
+        launch_s=_overhead_s(spec, c("c_us"), c("c_us_core")),
         async_copies=spec.cls in ("nvidia", "nvidia-old", "amd"),
         arch=spec.tags[0] if spec.tags else "",
         sources=spec.sources,
     )
+
+
+def _attention(spec: Spec, ppa: float, eb: float, f16: float, flash: bool) -> float:
+    """FLOP/s of attention over a prompt, 0 for a class without such a rate; `f16` is that of products."""
+    rate = ppa * 1e12 * spec.units * spec.k_prompt
+    if flash or not rate:
+        return min(FLASH_GAIN * rate, f16)
+    return 1.0 / (1.0 / rate + SCORES / (eb * spec.bandwidth * spec.k_prompt))
+
+
+def _overhead_s(spec: Spec, c_us: float, c_us_core: float) -> float:
+    """Seconds of an op besides what it computes and moves."""
+    cycles = CLOCK_GHZ / spec.ghz if spec.ghz and spec.cls in ("nvidia", "nvidia-old") else 1.0
+    return (c_us * cycles + c_us_core * spec.sm) * 1e-6 / OPS_PER_LAYER / spec.k_decode
 
 
 def _unpacking(spec: Spec, constants: Constants, year: float) -> dict[str, float]:

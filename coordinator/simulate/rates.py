@@ -12,6 +12,7 @@ from coordinator.simulate.hardware import DeviceModel, LinkModel, Work
 from coordinator.simulate.hosts import Host, find_host, known_hosts, usual_host
 from coordinator.simulate.known import constants
 from coordinator.simulate.law import OPS_PER_LAYER, Constants, Spec, device_of
+from coordinator.simulate.models import Workload
 from coordinator.simulate.network import rpc_link
 from protocol.dtypes import DType
 
@@ -20,6 +21,9 @@ ROWS_DECODE: Final = 4.6e-4
 
 ROWS_LINK: Final = 0.6e9
 """Bytes/s at which they exchange a prompt's activations (rows Y25, Y27; Y26 was five times faster)."""
+
+LAST_LOGITS: Final = 2024.25
+"""Builds from then on go on with a prompt's last token alone where the last layer's attention ends."""
 
 Lookup = Callable[[str], Constants]
 
@@ -104,18 +108,29 @@ def _rpc_s(case: Case, n_tokens: int) -> float:
     return case.remote * link.fixed_s_per_token + (activations + case.load.vocab * 4) / link.bandwidth
 
 
+def spared_weights(load: Workload) -> float:
+    """Weights that only the last token of a prompt meets in builds since LAST_LOGITS: those of the output, and of the
+    last layer's MLP."""
+    output = load.vocab * load.embd
+    attention = 2 * load.embd * (load.heads + load.kv_nbytes / (4 * load.layers))
+    return min(load.weights, output + max(0.0, (load.weights - output) / load.layers - attention))
+
+
 def prompt_work(case: Case, n_tokens: int, depth: int) -> tuple[Work, Work]:
-    """What a micro-batch of `n_tokens` that begins at `depth` asks for: the weights' products, and attention."""
+    """What a micro-batch of `n_tokens` that begins at `depth` asks for: the weights' products, and attention, which
+    computes every score and masks those of later tokens."""
     load = case.load
-    attention = int(4 * load.heads * load.layers * n_tokens * (depth + n_tokens / 2))
+    attention = int(4 * load.heads * load.layers * n_tokens * (depth + n_tokens))
     nbytes = load.read_nbytes
     if load.experts:  # a batch meets most experts
         nbytes = min(load.file_nbytes, nbytes * (1.0 + n_tokens / 16))
+    products = load.weights * n_tokens
+    if case.row.year >= LAST_LOGITS:
+        products -= spared_weights(load) * (n_tokens - 1)
     return (
-        Work("matmat", load.dtype, int(nbytes), int(load.weights), flops=int(2 * load.weights * n_tokens),
-             rows=n_tokens),
+        Work("matmat", load.dtype, int(nbytes), int(load.weights), flops=int(2 * products), rows=n_tokens),
         Work("attention", DType.F16, int(load.kv_nbytes * depth), flops=attention, rows=max(16, n_tokens)),
-    )  # fmt: skip
+    )
 
 
 def _prompt_s(case: Case, ask: Ask) -> float:

@@ -14,12 +14,13 @@ from coordinator.model.hparams import ModelParams, RopeParams, TextParams
 from coordinator.model.presets import Blueprint, make_weights
 from coordinator.simulate.cases import Case
 from coordinator.simulate.engine import simulate
-from coordinator.simulate.hardware import DeviceModel
+from coordinator.simulate.hardware import DeviceModel, Work
 from coordinator.simulate.known import constants
 from coordinator.simulate.law import device_of
 from coordinator.simulate.lowered import time_program
 from coordinator.simulate.machine import make_machine
 from coordinator.simulate.models import _known
+from coordinator.simulate.rates import LAST_LOGITS, spared_weights
 from coordinator.simulate.series import Load, Options, Series, make_series
 from coordinator.simulate.verdicts import Outcome, predict_table
 from protocol.dtypes import DType
@@ -82,7 +83,15 @@ class Planned:
         jobs = [job for job in series.jobs if job.tag == ("prompt" if case.test.kind == "prompt" else "token")]
         timed = [time_program(lowered, cards.models, cards.fabric) for lowered in series.lowered]
         end_s = simulate([True, False], cards.fabric, timed, [jobs]).end_s
-        return (case.test.n if case.test.kind == "prompt" else 1) / end_s
+        if case.test.kind == "decode":
+            return 1 / end_s
+        return case.test.n / (end_s + law.busy_s(_unspared(case)))
+
+
+def _unspared(case: Case) -> Work:
+    """What builds from before LAST_LOGITS multiplied besides: plans are those of later ones."""
+    tokens = 0 if case.row.year >= LAST_LOGITS else case.test.n - len(range(0, case.test.n, case.test.ubatch))
+    return Work("matmat", case.load.dtype, flops=int(2 * spared_weights(case.load) * tokens), op="MUL_MAT")
 
 
 def errors(outcomes: Sequence[Outcome]) -> Mapping[str, list[float]]:

@@ -62,7 +62,9 @@ def test_law_by_hand() -> None:
     assert device_of(spec, law, 2024.4).launch_s == pytest.approx(2 * device.launch_s)
     assert device.rate(DType.Q4_0) == pytest.approx(0.5 * 0.6 * 200e12 * 0.5)  # a quarter of the usual power, root
     assert device.rate(DType.F16) == pytest.approx(1.0 * 200e12 * 0.5)
-    assert device.attention_rate == pytest.approx(0.1 * 200e12)
+    scores_s = 16 / (0.9 * 1e12)  # of one, which takes 4 x 128 FLOPs; 16 bytes in memory
+    assert 512 / device.attention_rate == pytest.approx(512 / (0.1 * 200e12) + scores_s)
+    assert device_of(spec, law, 2026, flash=True).attention_rate == pytest.approx(3 * 0.1 * 200e12)
     faster = device_of(Spec("x", "nvidia", 1e12, sm=100, ghz=2.0, k_decode=1.25), law, 2026)
     plain = device_of(Spec("x", "nvidia", 1e12, sm=100, ghz=2.0), law, 2026)
     for work in (Work("matvec", DType.Q4_0, 10**9, 10**9), Work("attention", DType.F16, 10**8)):

@@ -77,6 +77,14 @@ def test_years(date: str, year: float) -> None:
     assert row(date=date).year == pytest.approx(year)
 
 
+def test_flash_attention_is_what_notes_say() -> None:
+    """A poster's "CUDA rows fa=1" stands in the notes of all rows, but says nothing of other backends."""
+    assert case_of(row(notes="Vulkan fa=1")).flash
+    assert case_of(row(notes="CUDA rows fa=1")).flash
+    assert not case_of(row(notes="CUDA rows fa=1", hardware="M2 10c", cls="apple")).flash
+    assert not case_of(row(notes="fa=no")).flash
+
+
 def test_workload_by_hand() -> None:
     """llama-7b in Q4_0: the file less a Q4_0 embedding of 32000 x 4096, and 2 x 2 x 4096 x 32 bytes of KV a token."""
     load = workload_of("llama-7b", 6.74e9, 3.56 * 2**30, "Q4_0")
