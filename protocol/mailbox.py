@@ -64,12 +64,8 @@ class StepRecord:
         return Step(*_STEP_BODY.unpack_from(self.data, self._body))
 
 
-class Writer:
-    """The end of a box that posts. Messages are numbered from 1, whichever way they take.
-
-    `address` is the box's; `posted` and `end`, the number of the last message and where its record ends, may be gone on
-    with by compiled code.
-    """
+class _Box:
+    """An end of a box; `address` is the box's."""
 
     def __init__(self, segment: sharedmem.Segment, offset: int) -> None:
         words = segment.view[offset : offset + DATA].view(np.uint32)
@@ -77,6 +73,16 @@ class Writer:
         self._bells = Doorbells(words)
         self._cells = self._bells.cells
         self._data = segment.view[offset + DATA : offset + BOX_NBYTES].data
+
+
+class Writer(_Box):
+    """The end of a box that posts. Messages are numbered from 1, whichever way they take.
+
+    `posted` and `end`, the number of the last message and where its record ends, may be gone on with by compiled code.
+    """
+
+    def __init__(self, segment: sharedmem.Segment, offset: int) -> None:
+        super().__init__(segment, offset)
         self.posted = self.end = 0
 
     def post(self, message: Any, buffers: Sequence[Buffer] = ()) -> bool:
@@ -128,15 +134,11 @@ class Writer:
         self._bells.ring(POSTED, self.posted)
 
 
-class Reader:
+class Reader(_Box):
     """The end of a box that takes, in the order of the numbers; `taken` is that of the last one (see Writer)."""
 
     def __init__(self, segment: sharedmem.Segment, offset: int) -> None:
-        words = segment.view[offset : offset + DATA].view(np.uint32)
-        self.address = int(words.ctypes.data)
-        self._bells = Doorbells(words)
-        self._cells = self._bells.cells
-        self._data = segment.view[offset + DATA : offset + BOX_NBYTES].data
+        super().__init__(segment, offset)
         self.taken = 0
 
     @property

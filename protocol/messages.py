@@ -32,7 +32,6 @@ class Hello:
     """Worker to coordinator: who I am. The first message; answered by `Welcome` or `Refused`."""
 
     name: str
-    incarnation: int
     major: int
     minor: int
     token: str

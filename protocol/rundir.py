@@ -15,7 +15,7 @@ from protocol.errors import WorkerError
 
 PREFIX = "crossdock-run-"
 _YOUNG_S = 60.0
-_STUBBORN_S = 0.5  # what cannot be removed for so long never will be
+_STUBBORN_S, _STUBBORN = 0.5, 20  # what cannot be removed for so long, as often as that, never will be
 _locks: dict[str, int] = {}
 
 
@@ -44,11 +44,10 @@ def remove_run_directory(path: str) -> None:
 
     Again and again while something appears in it: a socket that is just being bound would keep it for ever.
     """
-    last = time.monotonic() + _STUBBORN_S
-    while _is_ours(path):
+    last, tries = time.monotonic() + _STUBBORN_S, 0
+    while _is_ours(path) and (tries < _STUBBORN or time.monotonic() < last):
         shutil.rmtree(path, ignore_errors=True)
-        if time.monotonic() > last:
-            break
+        tries += 1
     fd = _locks.pop(path, None)
     if fd is not None:
         os.close(fd)

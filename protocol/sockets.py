@@ -13,7 +13,6 @@ from protocol.errors import UsageError, WorkerError
 from protocol.limits import MAX_BUFFER_NBYTES
 
 LINGER_MS = 200
-HEARTBEAT_MS = 2000
 HANDSHAKE_MS = 10_000
 _MAX_IPC_PATH = 107  # sockaddr_un.sun_path
 _LOOPBACK = "127.0.0.1"
@@ -38,7 +37,7 @@ def control_server(context: Context) -> zmq.Socket[bytes]:
 
 
 def control_client(context: Context, own: bytes) -> zmq.Socket[bytes]:
-    """A worker's DEALER; its identity is unique per incarnation, since ZeroMQ ignores a second holder silently."""
+    """A worker's DEALER; its identity is unique per run, since ZeroMQ ignores a second holder silently."""
     socket = context.socket(zmq.DEALER)
     socket.setsockopt(zmq.IDENTITY, own)
     return _common(socket)
@@ -50,10 +49,11 @@ def data_socket(context: Context, kind: int) -> zmq.Socket[bytes]:
 
 
 def _common(socket: zmq.Socket[bytes]) -> zmq.Socket[bytes]:
+    """No heartbeats: both ends are on one machine, which closes the connections of the dead, while those of a process
+    that is only halted, or slow with a large message, must not be dropped with what is on its way."""
     for option in (zmq.SNDHWM, zmq.RCVHWM):
         socket.setsockopt(option, 0)
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_BUFFER_NBYTES)
-    socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
     socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
     return socket
 
@@ -102,9 +102,9 @@ def connect(socket: zmq.Socket[bytes], endpoint: str, secret: str) -> None:
         raise WorkerError(f"cannot connect to {endpoint[:200]!r}: {error}") from None
 
 
-def identity(name: str, incarnation: int, token: str) -> bytes:
+def identity(name: str, token: str) -> bytes:
     """A worker's name on the control socket; nobody can take it before the worker does without knowing the token."""
-    return f"{name}.{incarnation}.{hashlib.sha256(token.encode()).hexdigest()[:16]}".encode()
+    return f"{name}.{hashlib.sha256(token.encode()).hexdigest()[:16]}".encode()
 
 
 def new_token() -> str:

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import traceback
+from pathlib import Path
 
 import protocol
 from protocol.errors import CrossdockError, Exit, ProtocolError
@@ -17,6 +18,8 @@ from workers.loop import serve
 from workers.prepare import load_kernels
 
 _HANG_UP_MS = 50
+_ENDING_MS = 60_000  # on a busy machine the last thread of a process that was killed may wait long for its end
+_FLAGS, _EXITING = 6, 4  # of /proc/PID/stat from the state on: Linux's PF_EXITING among them
 
 
 def main() -> None:
@@ -47,9 +50,19 @@ def _abandoned() -> bool:
 
     A process that is killed loses its files one by one, so we may have failed before the pipe closes.
     """
+    ending = _is_ending(os.getppid())
     hang_up = select.poll()
     hang_up.register(0, 0)
-    return bool(hang_up.poll(_HANG_UP_MS))
+    return bool(hang_up.poll(_ENDING_MS if ending else _HANG_UP_MS))
+
+
+def _is_ending(pid: int) -> bool:
+    """The process was killed, or ends by itself, and may still have files; False where there is no /proc."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return bool(int(fields[_FLAGS]) & _EXITING)
+    except (OSError, IndexError, ValueError):
+        return False
 
 
 def _serve(directory: str) -> Exit:

@@ -18,7 +18,6 @@ class WorkerConfig:
     """
 
     name: str
-    incarnation: int
     kind: str
     memory: int | None
     threads: int

@@ -41,14 +41,12 @@ def serve(config: WorkerConfig) -> None:
     Raises ProtocolError when the coordinator refuses us or speaks something else.
     """
     context = new_context(config.token if config.transport == "tcp" else "")
-    control = control_client(context, identity(config.name, config.incarnation, config.token))
+    control = control_client(context, identity(config.name, config.token))
     connect(control, config.endpoint, config.token)
     inbox = data_socket(context, zmq.PULL)
-    endpoint = bind(inbox, config.transport, config.run_directory, f"{config.name}.{config.incarnation}")
+    endpoint = bind(inbox, config.transport, config.run_directory, f"{config.name}.in")
     features = tuple(name for name in SWITCHES if has(name))
-    hello = m.Hello(
-        config.name, config.incarnation, MAJOR, MINOR, config.token, os.getpid(), config.kind, features, endpoint
-    )
+    hello = m.Hello(config.name, MAJOR, MINOR, config.token, os.getpid(), config.kind, features, endpoint)
     control.send_multipart(encode(hello))
     engine = _engine(config)  # loads the kernels while the coordinator plans
     welcome = decode(control.recv_multipart()).message

@@ -150,7 +150,7 @@ class MessagePlane:
     ) -> None:
         self.inbox, self.outboxes, self.segments, self.virtual = inbox, outboxes, segments, virtual
         self.tag = hashlib.sha256(token.encode()).digest()[:16]
-        self.early: dict[tuple[int, int], zmq.Frame] = {}
+        self.early: dict[tuple[int, int], tuple[int, zmq.Frame]] = {}  # by step and transfer: program and body
         self.lent: dict[int, zmq.MessageTracker] = {}  # by transfer: what ZeroMQ may still read
 
     def open(self, arenas: Sequence[PeerArena]) -> None:
@@ -177,9 +177,13 @@ class MessagePlane:
         self.lent[item.transfer] = frame.tracker
 
     def receive(self, program: int, step: int, item: Instruction, base: int, check: Check | None = None) -> None:
-        """Wait for the frame and copy it into place. Raises ProtocolError when its size is not the planned one."""
-        while (body := self.early.pop((step, item.transfer), None)) is None:
+        """Wait for the frame and copy it into place. Raises ProtocolError when it is not the planned one: another
+        program's, or of another size."""
+        while (found := self.early.pop((step, item.transfer), None)) is None:
             self._take(step)
+        of_program, body = found
+        if of_program != program:
+            raise ProtocolError(f"transfer {item.transfer}: expected one of program {program}, got {of_program}'s")
         if self.virtual:
             return
         if len(body) != item.nbytes:
@@ -205,13 +209,19 @@ class MessagePlane:
                 socket.close()
 
     def _take(self, step: int) -> None:
-        """Put one message aside under its step and transfer; strangers' and past steps' are dropped."""
+        """Put one message aside under its step and transfer; strangers' and past steps' are dropped.
+
+        Raises ProtocolError when it is not as long as it says.
+        """
         frames = self.inbox.recv_multipart(copy=False)
         if len(frames) != 2 or len(frames[0]) != _HEAD.size:
             return
-        tag, of_step, transfer, _, _ = _HEAD.unpack(frames[0].buffer)
-        if tag == self.tag and of_step >= step:
-            self.early[of_step, transfer] = frames[1]
+        tag, of_step, transfer, program, nbytes = _HEAD.unpack(frames[0].buffer)
+        if tag != self.tag or of_step < step:
+            return
+        if len(frames[1]) != nbytes:
+            raise ProtocolError(f"transfer {transfer}: {nbytes} bytes are announced, {len(frames[1])} have come")
+        self.early[of_step, transfer] = program, frames[1]
 
 
 def open_outboxes(context: Context, endpoints: Sequence[str], own: int, secret: str) -> list[zmq.Socket[bytes] | None]:

@@ -1,20 +1,27 @@
 """The command line: parse, run a command, tell errors in one line."""
 
-from __future__ import annotations
-
-import contextlib
 import os
 import sys
-from collections.abc import Callable
 
-from coordinator.runtime import signals
+try:  # until our own handlers are there, an interrupt is Python's: a traceback, out of any import that is not there yet
+    import contextlib
+    import re
+    from collections.abc import Callable
+
+    from coordinator.runtime import signals
+except KeyboardInterrupt:
+    os.write(2, b"crossdock: interrupted   [exit 130]\n")
+    os._exit(130)
+
+_MAX_WORD, _MAX_LINE = 300, 1500
+"""Characters of a word and of a line of an error; a path may have a long name, a line should fit on a screen."""
 
 
 def main() -> None:
     """Entry point of `crossdock`; exits with a status of protocol.errors.Exit."""
-    _reopen()
     try:
         signals.install()
+        _reopen()
         status = _run(sys.argv[1:])
         signals.settle()
     except KeyboardInterrupt:
@@ -72,9 +79,22 @@ def _parse(arguments: list[str]) -> Callable[[], int]:
 
 def _say(line: str, status: int) -> None:
     """One line on stderr, whatever is in it, even when nobody reads there."""
-    shown = "".join(c if c.isprintable() else " " for c in line)
+    shown = shorten("".join(c if c.isprintable() else " " for c in line))
     with contextlib.suppress(OSError):
         print(f"crossdock: {shown}   [exit {int(status)}]", file=sys.stderr, flush=True)
+
+
+def shorten(line: str) -> str:
+    """Long words and a long line without their middles: an error says what it is about, not all of it."""
+    line = re.sub(rf"\S{{{_MAX_WORD + 1},}}", lambda word: _without_middle(word[0], _MAX_WORD), line)
+    return _without_middle(line, _MAX_LINE)
+
+
+def _without_middle(text: str, limit: int) -> str:
+    if len(text) <= limit:
+        return text
+    half = limit // 2 - 20
+    return f"{text[:half]}[... {len(text) - 2 * half:,} more ...]{text[-half:]}"
 
 
 def _leave(status: int) -> None:

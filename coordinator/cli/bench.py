@@ -64,7 +64,7 @@ def bench(chosen: argparse.Namespace) -> int:
         from coordinator.cli.bench_plot import check_plot
 
         check_plot(Path(chosen.plot))
-    model = open_model(options.model_path(chosen))
+    model = open_model(options.weights_path(chosen))
     params = read_params(model)
     wishes = _wishes(chosen, defaults, params)
     subject = report.Subject.of(model, params)

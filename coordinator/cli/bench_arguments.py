@@ -66,7 +66,7 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
 
 def add_simulated(group: argparse._ArgumentGroup) -> None:
     """Arguments of `crossdock bench scaling --simulate`."""
-    group.add_argument("--simulate", nargs="?", const="", metavar="TOML",
+    group.add_argument("--simulate", nargs="?", const="", type=str, metavar="TOML",
                        help="continue the curves of 1 to 4 processes with simulated workers, all like the first "
                        "device of this system (default: here.toml, as crossdock calibrate writes it)")  # fmt: skip
     group.add_argument("--network", metavar="TOML|LINK",

@@ -14,7 +14,7 @@ from coordinator.report.bench import Repetition, Test
 from coordinator.runtime.evaluate import Shipped, StepResult
 from coordinator.runtime.inputs import CrossMasks, ImageSpan
 from coordinator.runtime.session import Session
-from coordinator.schedule.lower import link_bytes
+from coordinator.schedule.links import sent_bytes
 
 Steps = list[tuple[StepResult, Shipped]]
 
@@ -56,7 +56,7 @@ def _repeat(
     progress(name)
     run()
     results = [run() for _ in range(wishes.repetitions)]
-    nbytes = sum(sum(link_bytes(shipped.lowered).values()) for _, shipped in results[0][1])
+    nbytes = sum(sum(sent_bytes(shipped.lowered).values()) for _, shipped in results[0][1])
     return Test(name, n, nbytes, tuple(_repetition(*result) for result in results))
 
 

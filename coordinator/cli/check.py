@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator
 from itertools import chain
-from pathlib import Path
 
 from coordinator.cli import options
+from coordinator.cli.documents import from_document
 from coordinator.cli.plan import setting_of
-from coordinator.model.presets import open_blueprint
 from coordinator.ownership.check import Alternative, alternatives, check_plans, explain
 from coordinator.ownership.loans import check_loans
 from coordinator.ownership.programs import document_sequence, model_alternatives, model_sequence
 from coordinator.ownership.sequence import Sequence
 from coordinator.report.plan import answer
 from coordinator.report.story import finding_document, print_findings, summary
-from coordinator.schedule.document import load_document
-from protocol.errors import Exit, InputError, PlanError, UsageError
+from protocol.errors import Exit, UsageError
 
 SMALL = 2000
 """Nodes of all graphs up to which alternatives are planned unless told otherwise: a second or so."""
@@ -30,7 +27,7 @@ def check(chosen: argparse.Namespace) -> int:
     if chosen.graph is not None:
         if chosen.model is not None:
             raise UsageError(f"--graph {chosen.graph} and MODEL do not go together: the document says everything")
-        sequence = _document(chosen)
+        _, sequence = from_document(chosen.graph, document_sequence)
         more: Iterator[Alternative] = iter(())
     else:
         sequence, more = _model(chosen)
@@ -54,24 +51,8 @@ def _is_small(sequence: Sequence) -> bool:
     return sum(len(spec.graph.nodes) for spec in sequence.graphs.values()) <= SMALL
 
 
-def _document(chosen: argparse.Namespace) -> Sequence:
-    try:
-        return document_sequence(load_document(_read(chosen.graph)))
-    except PlanError as error:
-        raise PlanError(f"{chosen.graph}: {str(error).removeprefix('document: ')}") from None
-
-
-def _read(file: str) -> bytes:
-    if file == "-":
-        return sys.stdin.buffer.read()
-    try:
-        return Path(file).read_bytes()
-    except OSError as error:
-        raise InputError(f"{file}: {error.strerror}") from None
-
-
 def _model(chosen: argparse.Namespace) -> tuple[Sequence, Iterator[Alternative]]:
-    blueprint = open_blueprint(str(options.model_path(chosen)), chosen.weights_type)
+    blueprint = options.blueprint(chosen)
     setting = setting_of(chosen)
     sequence = model_sequence(blueprint, setting, safe=chosen.ownership == "safe")
     return sequence, model_alternatives(blueprint, setting)

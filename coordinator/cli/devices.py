@@ -6,16 +6,17 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from coordinator.cli.simulate_model import network_of, system_path
 from coordinator.report.rates import devices_table, links_table
-from coordinator.simulate.hardware import DeviceModel, LinkModel
+from coordinator.report.simulate import pool_text
+from coordinator.simulate.hardware import DeviceModel, LinkModel, Pool
 from coordinator.simulate.known import specs
 from coordinator.simulate.law import OPS_PER_LAYER
-from coordinator.simulate.network import links, load_network
+from coordinator.simulate.network import links
 from coordinator.simulate.system import load_system, presets
 from protocol.dtypes import DType
 from protocol.errors import Exit
@@ -29,26 +30,37 @@ _LEGEND = (
 def devices(chosen: argparse.Namespace) -> int:
     """List the presets, or what files describe."""
     alone = chosen.system is not None or chosen.network is not None
+    pool = None
     models: Iterable[DeviceModel] = [] if alone else presets().values()
     joined: Iterable[LinkModel] = [] if alone else links().values()
     if chosen.system is not None:
-        models = load_system(Path(chosen.system)).devices
+        system = load_system(system_path(chosen.system))
+        models, pool = system.devices, system.pool
     if chosen.network is not None:
-        joined = [rule.link for rule in load_network(Path(chosen.network)).rules]
+        joined = [rule.link for rule in network_of(chosen.network).rules]
     device_records = [_device(model) for model in models]
     link_records = [_link(link) for link in joined]
     if chosen.json:
-        print(json.dumps({"devices": device_records, "links": link_records}))
+        print(json.dumps({"devices": device_records, "links": link_records} | _shared(pool)))
         return Exit.OK
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 180)
     if device_records:
         console.print(devices_table(device_records))
+    if pool is not None:
+        console.print(f"\nall devices of class cpu share {pool_text(pool)}")
     if link_records:
         console.print()
         console.print(links_table(link_records))
     if not alone:
         console.print(f"\n{_LEGEND}")
     return Exit.OK
+
+
+def _shared(pool: Pool | None) -> dict[str, float]:
+    """What the system says of all devices of class cpu together, by its own keys."""
+    if pool is None:
+        return {}
+    return {"processors": pool.processors} | ({"memory_gbs": pool.memory / 1e9} if pool.memory else {})
 
 
 def _device(model: DeviceModel) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def _run(label: str, chosen: argparse.Namespace) -> Recording:
     """Run with everything looked at, silently; a read that strict ownership stops ends the recording."""
     workers, fleet_options = options.topology(chosen), options.fleet_options(chosen)
     session_options = options.session_options(chosen, tuple(chosen.dump_tensor) or (options.EVERYTHING,))
-    sampler, model, recorder = sampler_of(chosen), open_model(options.model_path(chosen)), Recorder()
+    sampler, model, recorder = sampler_of(chosen), open_model(options.weights_path(chosen)), Recorder()
     pieces: list[tuple[int, str]] = []
     stopped = ""
     console = notes()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import coordinator
 from coordinator.config import Topology, parse_workers, read_topology
+from coordinator.model.presets import PRESETS, Blueprint, open_blueprint
 from coordinator.runtime.fleet import FleetOptions
 from coordinator.runtime.session import Ownership, SessionOptions
 from coordinator.runtime.taps import compile_patterns
@@ -32,10 +33,21 @@ def model_path(chosen: argparse.Namespace) -> Path:
     return DEMO_MODEL
 
 
+def weights_path(chosen: argparse.Namespace) -> Path:
+    """The model file of a run, with weights in it. Raises UsageError for one that can only be planned."""
+    path = model_path(chosen)
+    if not path.exists() and str(path).lower() in PRESETS:
+        raise UsageError(
+            f"--model {path}: a preset has no weights to run with: expected a GGUF file (crossdock plan {path}, and "
+            "simulate, do without)"
+        )
+    return path
+
+
 def topology(chosen: argparse.Namespace) -> Topology:
     """The workers. Raises UsageError."""
     if chosen.topology is None:
-        return parse_workers(chosen.workers or DEFAULT_WORKERS, chosen.threads or 1)
+        return parse_workers(DEFAULT_WORKERS if chosen.workers is None else chosen.workers, chosen.threads or 1)
     for option, given in (("--workers", chosen.workers), ("--threads", chosen.threads)):
         if given is not None:
             raise UsageError(f"{option} {given} does not go with --topology: the file says that of each worker")
@@ -71,6 +83,22 @@ def session_options(chosen: argparse.Namespace, taps: tuple[str, ...] = ()) -> S
     )
 
 
+def blueprint(chosen: argparse.Namespace) -> Blueprint:
+    """The model that is planned. Raises UsageError, also for images of a model that takes none, and ModelError."""
+    found = open_blueprint(str(model_path(chosen)), chosen.weights_type)
+    if chosen.images and found.params.vision is None:
+        raise UsageError(
+            f"--images {chosen.images}: {found.params.name} ({found.params.arch}) takes no images: expected 0, or no "
+            "--images"
+        )
+    return found
+
+
+def n_images(chosen: argparse.Namespace) -> int:
+    """How many images are planned for, if the model takes images: 1 where nothing is said."""
+    return 1 if chosen.images is None else int(chosen.images)
+
+
 def placement_options(chosen: argparse.Namespace) -> PlacementOptions:
     """What lies where. Raises UsageError."""
     return PlacementOptions(
@@ -81,9 +109,11 @@ def placement_options(chosen: argparse.Namespace) -> PlacementOptions:
     )
 
 
-def _proportions(text: str) -> tuple[float, ...]:
+def _proportions(text: str | None) -> tuple[float, ...]:
+    if text is None:
+        return ()
     try:
-        parts = tuple(float(part) for part in text.split(",")) if text else ()
+        parts = tuple(float(part) for part in text.split(","))
     except ValueError:
         parts = (math.nan,)
     if not all(map(math.isfinite, parts)):

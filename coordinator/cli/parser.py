@@ -3,40 +3,36 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 from collections.abc import Callable
+from difflib import get_close_matches
 from importlib import import_module, metadata
-from typing import NoReturn
 
 from coordinator.cli.bench_arguments import add_bench
 from coordinator.cli.calibrate_arguments import add_calibrate
 from coordinator.cli.check_arguments import add_check, add_reproduce, add_scenario
 from coordinator.cli.clocks import add_clocks
+from coordinator.cli.files import check_files
 from coordinator.cli.plan_arguments import add_plan
 from coordinator.cli.simulate_arguments import add_hardware, add_simulate
-from coordinator.cli.values import at_least, layers
+from coordinator.cli.values import Parser, at_least, layers
 from protocol.errors import UsageError
 
 Command = Callable[[], int]
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse that raises instead of printing the usage and exiting."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} (see {self.prog} --help)")
-
-
 def parse(arguments: list[str]) -> Command:
     """The command to run. Raises UsageError for arguments that cannot be meant."""
-    parser = _Parser(
+    parser = Parser(
         prog="crossdock",
         description="A laboratory for ggml-style multi-backend scheduling of vision-language models.",
         epilog="exit status: 0 fine, 1 internal error, 2 usage, 3 model file, 4 input, 5 does not fit, "
         "6 worker, 7 protocol, 8 something was found, 130 interrupted",
     )
     parser.add_argument("--version", action="version", version=f"crossdock {metadata.version('crossdock')}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
+    commands.type = str  # all words behind it pass by here, and are for the command's own parser to check
     add_run(commands.add_parser("run", help="describe images or continue text, across worker processes"))
     add_diff(commands.add_parser("diff", help="name the first tensor in which two runs differ, and what becomes of it"))
     add_plan(commands.add_parser("plan", help="show what would run where, and what it would need, without running it"))
@@ -49,8 +45,44 @@ def parse(arguments: list[str]) -> Command:
     add_bench(commands.add_parser("bench", help="measure prompts, decoding and images, and how they scale"))
     add_convert(commands.add_parser("convert", help="turn a Hugging Face folder into one GGUF file"))
     add_doctor(commands.add_parser("doctor", help="say what this machine has, and what replaces what it lacks"))
-    chosen = parser.parse_args(quoted(arguments) if arguments[:1] == ["diff"] else arguments)
+    chosen, unknown = parser.parse_known_args(_as_meant(arguments))
+    if unknown:
+        raise UsageError(_unrecognized(unknown, commands.choices[chosen.command]))
+    check_files(chosen)
     return _command(chosen)
+
+
+def _as_meant(arguments: list[str]) -> list[str]:
+    """`help`, and what argparse would take for something else. Raises UsageError for what stands at a wrong place."""
+    if not arguments:
+        raise UsageError("expected a command, such as crossdock run (crossdock --help lists them)")
+    first = arguments[0]
+    if first == "help":
+        return [*arguments[1:2], "--help"]
+    if first.startswith("-") and first not in ("-h", "--help", "--version"):
+        raise UsageError(f"{first}: options stand behind the command: crossdock run {first} ... (see crossdock --help)")
+    return quoted(arguments) if first == "diff" else arguments
+
+
+def _unrecognized(words: list[str], parser: argparse.ArgumentParser) -> str:
+    """What to write instead, as far as that can be guessed."""
+    command, option = parser.prog.split()[-1], words[0].partition("=")[0]
+    near = get_close_matches(option, re.findall(r"--[a-z][a-z-]*", parser.format_help()), 1, _ALIKE)
+    if option in ("-", "--", "-m", "--model") or not option.startswith("-"):
+        hint = _PLACES.get(command, "")
+    else:
+        hint = f": is {near[0]} meant?" if near else ""
+    return f"unrecognized arguments: {' '.join(words)}{hint} (see {parser.prog} --help)"
+
+
+_ALIKE = 0.7
+_MODEL_ALONE = ": MODEL is the one argument without an option"
+_PLACES = {
+    "run": ": expected --prompt TEXT, --image FILE or --model GGUF", "bench": ": expected --model GGUF",
+    "plan": _MODEL_ALONE, "check": _MODEL_ALONE, "simulate": _MODEL_ALONE, "devices": ": expected --system TOML",
+    "diff": ": expected two runs, options of each in quotes", "calibrate": ": expected --output TOML",
+}  # fmt: skip
+"""Where words without an option belong, by command."""
 
 
 def quoted(arguments: list[str]) -> list[str]:
@@ -60,7 +92,7 @@ def quoted(arguments: list[str]) -> list[str]:
 
 def run_options(text: str, common: argparse.Namespace) -> argparse.Namespace:
     """Options of `crossdock run` in one text, on top of `common`. Raises UsageError."""
-    parser = _Parser(prog="crossdock diff", add_help=False)
+    parser = Parser(prog="crossdock diff", add_help=False)
     add_job(parser)
     try:
         words = shlex.split(text)
@@ -109,7 +141,7 @@ def add_run(parser: argparse.ArgumentParser) -> None:
 def add_diff(parser: argparse.ArgumentParser) -> None:
     """Arguments of `crossdock diff`."""
     for name in ("a", "b"):
-        parser.add_argument(name, metavar=name.upper(),
+        parser.add_argument(name, type=str, metavar=name.upper(),
                             help='a file of `crossdock run --record`, or options of `crossdock run` in quotes: '
                             '"-ngl 3" ("" for none, "-nkvo " for one alone)')  # fmt: skip
     add_job(parser)
@@ -125,8 +157,9 @@ def add_job(parser: argparse.ArgumentParser) -> None:
     text.add_argument("-m", "--model", metavar="GGUF", help="model file (default: the bundled demo model)")
     text.add_argument("-i", "--image", action="append", metavar="FILE", help="image; may be given several times")
     text.add_argument("--no-image", action="store_true", help="do not take the bundled image with the bundled model")
-    text.add_argument("-p", "--prompt", help='question or text (default with an image: "Describe this image.")')
-    text.add_argument("-s", "--system", help="system message")
+    text.add_argument("-p", "--prompt", type=str,
+                      help='question or text (default with an image: "Describe this image.")')  # fmt: skip
+    text.add_argument("-s", "--system", type=str, help="system message")
     text.add_argument("--raw", action="store_true", help="take the prompt as it is, without the chat template")
     text.add_argument("-n", "--n-predict", type=at_least(0), default=128, metavar="N", help="at most N new tokens")
     text.add_argument("-c", "--ctx-size", type=at_least(0), default=0, metavar="N", help="context, 0: the model's")
@@ -152,7 +185,7 @@ def add_placement(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--topology", metavar="TOML", help="workers from a file instead")
     group.add_argument("-t", "--threads", type=at_least(1), metavar="N", help="threads of each worker (default 1)")
     group.add_argument("-ngl", "--n-gpu-layers", type=layers, default=None, metavar="N", help="N or all (default)")
-    group.add_argument("-ts", "--tensor-split", default="", metavar="A,B,...", help="proportions of the accelerators")
+    group.add_argument("-ts", "--tensor-split", metavar="A,B,...", help="proportions of the accelerators")
     group.add_argument("-ot", "--override-tensor", action="append", default=[], metavar="REGEX=WORKER",
                        help="weights that match lie there")  # fmt: skip
     group.add_argument("-nkvo", "--no-kv-offload", action="store_true", help="keep the KV cache in host memory")

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from pathlib import Path
 from typing import NoReturn
 
 from coordinator.cli import options
+from coordinator.cli.documents import from_document, print_json
 from coordinator.cli.plan_arguments import add_plan, device_fields
+from coordinator.cli.values import Parser
 from coordinator.config import parse_size
-from coordinator.model.presets import Blueprint, open_blueprint
+from coordinator.model.presets import Blueprint
 from coordinator.ownership.leases import check_plan_leases
 from coordinator.report import memory_map
 from coordinator.report import plan as report
@@ -21,18 +21,15 @@ from coordinator.report.text import plain
 from coordinator.schedule.check import check_plan
 from coordinator.schedule.devices import buft_name
 from coordinator.schedule.diff import diff
-from coordinator.schedule.document import load_document
 from coordinator.schedule.fit import fit
 from coordinator.schedule.outline import Outline, Setting, plan_entries, plan_model
 from coordinator.schedule.plan import ACCEL_ALIGNMENT, HOST_ALIGNMENT, Device
 from protocol.dtypes import dtype_of
-from protocol.errors import Exit, InputError, PlanError, UsageError
+from protocol.errors import Exit, UsageError
 from protocol.ops import Op
 
 OFFLOAD_BATCH = 32
 """Rows from which a GPU takes an op whose weights lie in host memory (CUDA's rule)."""
-
-_MAX_DOCUMENT_NBYTES = 1 << 30
 
 
 def plan(chosen: argparse.Namespace) -> int:
@@ -40,16 +37,14 @@ def plan(chosen: argparse.Namespace) -> int:
     _check_questions(chosen)
     if chosen.graph is not None:
         return _plan_document(chosen)
-    source = options.model_path(chosen)
-    blueprint = open_blueprint(str(source), chosen.weights_type)
+    blueprint = options.blueprint(chosen)
     if chosen.fit:
         return _show_fit(chosen, blueprint)
     outline = plan_model(blueprint, setting_of(chosen))
     _check(chosen, outline)
     if chosen.diff is not None:
         other = _other(chosen)
-        second = open_blueprint(str(options.model_path(other)), other.weights_type)
-        after = plan_model(second, setting_of(other))
+        after = plan_model(options.blueprint(other), setting_of(other))
         _check(chosen, after)
         return _show_diff(chosen, outline, after)
     return _show(chosen, outline, blueprint)
@@ -64,7 +59,7 @@ def setting_of(chosen: argparse.Namespace) -> Setting:
         placement=options.placement_options(chosen),
         dialect=chosen.dialect,
         phases=chosen.phase,
-        n_images=chosen.images,
+        n_images=options.n_images(chosen),
         n_tokens=chosen.ubatch,
         n_ctx=chosen.ctx_size,
         n_kv=chosen.kv,
@@ -87,10 +82,16 @@ def _devices(chosen: argparse.Namespace) -> tuple[tuple[Device, ...], tuple[int 
         return devices_of(topology), tuple(spec.memory for spec in topology.workers)
     if chosen.workers is not None or chosen.topology is not None:
         raise UsageError("--device goes without --workers and --topology")
-    described = [_device(text, "--device") for text in chosen.device] + [_device(chosen.host, "--host")]
+    texts = [("--device", text) for text in chosen.device] + [("--host", chosen.host)]
+    described = [_device(text, option) for option, text in texts]
     names = [device.name for device, _ in described]
     if len(set(names)) < len(names):
         raise UsageError(f"--device: two devices have the same name: {', '.join(names)}")
+    known = list(dict.fromkeys(buft_name(device) for device, _ in described))
+    for (option, text), (device, _) in zip(texts, described, strict=True):
+        for buft in device.extra_bufts:
+            if buft not in known:
+                raise UsageError(f"{option} {text}: reads={buft}: no device has that: expected of {', '.join(known)}")
     return tuple(device for device, _ in described), tuple(limit for _, limit in described)
 
 
@@ -159,7 +160,7 @@ def _check_questions(chosen: argparse.Namespace) -> None:
         raise UsageError(f"--graph {chosen.graph} and {what} do not go together: the document says everything")
 
 
-class _OptionsOnly(argparse.ArgumentParser):
+class _OptionsOnly(Parser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"--diff: {message}")
 
@@ -186,9 +187,9 @@ def _show(chosen: argparse.Namespace, outline: Outline, blueprint: Blueprint | N
     status = Exit.CAPACITY if any(memory.short for memory in outline.memory) else Exit.OK
     map_line = _draw_map(chosen, outline)
     if chosen.dump is not None:
-        _print_json(dump_stage(outline, chosen.dump))
+        print_json(dump_stage(outline, chosen.dump))
     elif chosen.format == "json":
-        _print_json(outline_document(outline, None if blueprint is None else blueprint.params))
+        print_json(outline_document(outline, None if blueprint is None else blueprint.params))
     elif chosen.format == "dot":
         print(draw_dot(outline))
     elif chosen.format == "mermaid":
@@ -220,7 +221,7 @@ def _show_fit(chosen: argparse.Namespace, blueprint: Blueprint) -> int:
     found = fit(blueprint, setting_of(chosen))
     _check(chosen, found.outline)
     if chosen.format == "json":
-        _print_json(fit_document(found, blueprint.params))
+        print_json(fit_document(found, blueprint.params))
         return Exit.OK
     with report.answer() as console:
         console.print(f"[bold]model[/]     {report.model_line(blueprint.params, blueprint.weights)}")
@@ -233,7 +234,7 @@ def _show_fit(chosen: argparse.Namespace, blueprint: Blueprint) -> int:
 def _show_diff(chosen: argparse.Namespace, before: Outline, after: Outline) -> int:
     difference = diff(before, after)
     if chosen.format == "json":
-        _print_json(diff_document(difference))
+        print_json(diff_document(difference))
         return Exit.OK
     with report.answer() as console:
         console.print(f"[bold]diff[/]      {' '.join(chosen.diff)}")
@@ -244,16 +245,11 @@ def _show_diff(chosen: argparse.Namespace, before: Outline, after: Outline) -> i
 
 def _plan_document(chosen: argparse.Namespace) -> int:
     """Plan the graphs of a document. Raises PlanError with one line for a bad one."""
-    content = _read(chosen.graph)
-    try:
-        document = load_document(content)
-        outline = plan_entries(document)
-    except PlanError as error:
-        raise PlanError(f"{chosen.graph}: {str(error).removeprefix('document: ')}") from None
+    document, outline = from_document(chosen.graph, plan_entries)
     _check(chosen, outline)
     if chosen.format == "json" and chosen.dump is None:
         pairs = zip(outline.graphs, document.entries, strict=True)
-        _print_json([planned_result(graph, entry.ids) for graph, entry in pairs])
+        print_json([planned_result(graph, entry.ids) for graph, entry in pairs])
         return Exit.OK
     return _show(chosen, outline, None)
 
@@ -273,20 +269,3 @@ def _runs_on_workers(outline: Outline) -> bool:
     bufts = {buft_name(device) for device in outline.devices}
     apart = len(bufts) == len(outline.devices) and not any(device.extra_bufts for device in outline.devices)
     return apart and not outline.parallel and outline.placement is not None
-
-
-def _read(file: str) -> bytes:
-    if file == "-":
-        return sys.stdin.buffer.read()
-    path = Path(file)
-    try:
-        if path.stat().st_size > _MAX_DOCUMENT_NBYTES:
-            raise InputError(f"{file}: more than {_MAX_DOCUMENT_NBYTES:,} bytes are no graph document")
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{file}: {error.strerror}") from None
-
-
-def _print_json(document: object) -> None:
-    json.dump(document, sys.stdout, ensure_ascii=False)
-    print()

@@ -39,7 +39,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--weights-type", action="append", default=[], metavar="[PART=]TYPE",
                        help="type of the matrices of a preset or config.json; PART: text, vision, embd, output or a "
                        "regular expression; may be given several times")  # fmt: skip
-    group.add_argument("--images", type=at_least(0), default=1, metavar="N", help="0: text, cross layers left out")
+    group.add_argument("--images", type=at_least(0), metavar="N",
+                       help="0: text, cross layers left out (default: 1, of a model that takes images)")  # fmt: skip
     group.add_argument(
         "-c", "--ctx-size", type=at_least(0), default=0, metavar="N", help="0: the model's, at most 4096"
     )
@@ -69,7 +70,7 @@ def add_devices(group: argparse._ArgumentGroup) -> None:
 def add_layout(group: argparse._ArgumentGroup) -> None:
     """Which weights and caches lie on which device."""
     group.add_argument("-ngl", "--n-gpu-layers", type=layers, default=None, metavar="N", help="N or all (default)")
-    group.add_argument("-ts", "--tensor-split", default="", metavar="A,B,...", help="proportions of the devices")
+    group.add_argument("-ts", "--tensor-split", metavar="A,B,...", help="proportions of the devices")
     group.add_argument("-ot", "--override-tensor", action="append", default=[], metavar="REGEX=DEVICE",
                        help="weights that match lie there")  # fmt: skip
     group.add_argument("-nkvo", "--no-kv-offload", action="store_true", help="keep the KV cache in host memory")

@@ -28,7 +28,8 @@ QUESTION = "Describe this image."
 def reproduce_discussion(chosen: argparse.Namespace) -> int:
     """Run the causes in the modes; exits with OK: what is found is what was asked for."""
     if chosen.discussion not in DISCUSSIONS:
-        raise UsageError(f"reproduce {chosen.discussion}: expected one of {', '.join(DISCUSSIONS)}")
+        known = ", ".join(DISCUSSIONS)
+        raise UsageError(f"reproduce {chosen.discussion}: expected {known} (--cause s2: another cause behind it)")
     causes = [CAUSES[name] for name in chosen.cause or ["s1"]]
     modes = [Ownership(mode) for mode in chosen.ownership or [mode.value for mode in reversed(Ownership)]]
     scene = _scene()

@@ -74,7 +74,7 @@ def run(chosen: argparse.Namespace) -> int:
     workers, fleet_options = options.topology(chosen), patient(chosen, options.fleet_options(chosen))
     session_options, sampler = options.session_options(chosen, _taps(chosen)), sampler_of(chosen)
     stopwatch = stopwatch_of(chosen, workers)
-    model = open_model(options.model_path(chosen))
+    model = open_model(options.weights_path(chosen))
     with _looking(chosen, console) as look, Fleet(workers, fleet_options) as fleet:
         fleet.start()  # the workers load their kernels while we read and plan
         with _progress(console, talk, "reading"):
@@ -187,11 +187,10 @@ def sampler_of(chosen: argparse.Namespace) -> Sampler:
 
 
 def _sampling(chosen: argparse.Namespace) -> SamplingParams:
-    if chosen.temperature == 0:
-        return SamplingParams(repeat_penalty=chosen.repeat_penalty)
-    return SamplingParams(
+    asked = SamplingParams(
         chosen.temperature, chosen.top_k, chosen.top_p, chosen.min_p, chosen.repeat_penalty, seed=chosen.seed
-    )
+    )  # checked although the best token needs none of it
+    return SamplingParams(repeat_penalty=chosen.repeat_penalty) if chosen.temperature == 0 else asked
 
 
 def _prompt(

@@ -40,7 +40,8 @@ def add_machine(group: argparse._ArgumentGroup) -> None:
 
 def add_request(group: argparse._ArgumentGroup) -> None:
     """What it is to do."""
-    group.add_argument("--images", type=at_least(0), default=1, metavar="N", help="0: text, cross layers left out")
+    group.add_argument("--images", type=at_least(0), metavar="N",
+                       help="0: text, cross layers left out (default: 1, of a model that takes images)")  # fmt: skip
     group.add_argument("--prompt", type=at_least(1), default=512, metavar="N", help="tokens of the prompt")
     group.add_argument("-n", "--predict", type=at_least(0), default=128, metavar="N", help="tokens after it")
     group.add_argument("-ub", "--ubatch", type=at_least(1), default=512, metavar="N", help="prompt tokens at a time")
@@ -76,5 +77,5 @@ def add_published(group: argparse._ArgumentGroup) -> None:
 def add_hardware(parser: argparse.ArgumentParser) -> None:
     """Arguments of `crossdock devices`."""
     parser.add_argument("--system", metavar="TOML", help="the devices of this file instead of the presets")
-    parser.add_argument("--network", metavar="TOML", help="the links of this file instead of the presets")
+    parser.add_argument("--network", metavar="TOML|LINK", help="the links of this file, or one, instead of the presets")
     parser.add_argument("--json", action="store_true", help="one JSON document instead of tables")

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from pathlib import Path
-from typing import Any
 
 from coordinator.cli import options
-from coordinator.model.presets import Blueprint, open_blueprint
+from coordinator.cli.documents import print_json
+from coordinator.model.presets import Blueprint
 from coordinator.report import simulate as report
 from coordinator.report.plan import answer, model_line
 from coordinator.report.simulate_search import limit_lines, search_document, search_line
@@ -31,7 +29,7 @@ def simulate_model(chosen: argparse.Namespace) -> int:
     """Simulate and show it. Exits with CAPACITY when a device is too small for the model."""
     _check_questions(chosen)
     machine = machine_of(chosen.system, chosen.network)
-    blueprint = open_blueprint(str(options.model_path(chosen)), chosen.weights_type)
+    blueprint = options.blueprint(chosen)
     if chosen.sweep is not None:
         return _show_sweep(chosen, blueprint, machine)
     if chosen.search is not None:
@@ -41,7 +39,7 @@ def simulate_model(chosen: argparse.Namespace) -> int:
     if chosen.trace is not None:
         write_trace(Path(chosen.trace), simulated_trace(found))
     if chosen.json:
-        _print_json({"model": blueprint.params.name, **report.prediction_document(found)})
+        print_json({"model": blueprint.params.name, **report.prediction_document(found)})
     else:
         with answer() as console:
             console.print(f"[bold]model[/]     {model_line(blueprint.params, blueprint.weights)}")
@@ -56,8 +54,8 @@ def machine_of(system: str | None, network: str) -> Machine:
     """The machine of a system file, and a network file or one kind of link for all. Raises UsageError."""
     if system is None:
         raise UsageError("--system TOML is missing: the devices to simulate (examples/systems has some)")
-    modelled = load_system(Path(system))
-    found = _network(network)
+    modelled = load_system(system_path(system))
+    found = network_of(network)
 
     def link_of(source: str, target: str) -> LinkModel | None:
         try:
@@ -68,7 +66,19 @@ def machine_of(system: str | None, network: str) -> Machine:
     return on_one_machine(make_machine(modelled.devices, link_of, found.capacity), modelled.pool)
 
 
-def _network(text: str) -> Network:
+def system_path(text: str) -> Path:
+    """The file of a system. Raises UsageError with what to do when there is none."""
+    path = Path(text)
+    if not path.exists():
+        raise UsageError(
+            f"--system {text}: No such file; expected one as in examples/systems, whose devices may be presets that "
+            "crossdock devices lists"
+        )
+    return path
+
+
+def network_of(text: str) -> Network:
+    """The links of a file, or one kind of link for all. Raises UsageError."""
     known = links()
     if text in known:
         return uniform(known[text])
@@ -94,7 +104,7 @@ def load_of(chosen: argparse.Namespace) -> Load:
     return Load(
         n_prompt=chosen.prompt,
         n_predict=chosen.predict,
-        n_images=chosen.images,
+        n_images=options.n_images(chosen),
         n_ubatch=chosen.ubatch,
         batch=chosen.batch,
         n_requests=chosen.requests,
@@ -122,7 +132,7 @@ def _show_sweep(chosen: argparse.Namespace, blueprint: Blueprint, machine: Machi
 
         plot_sweep(Path(chosen.plot), values, points, blueprint.params.name)
     if chosen.json:
-        _print_json([report.point_document(point) for point in points])
+        print_json([report.point_document(point) for point in points])
         return Exit.OK
     with answer() as console:
         console.print(f"[bold]model[/]     {model_line(blueprint.params, blueprint.weights)}")
@@ -135,7 +145,7 @@ def _show_sweep(chosen: argparse.Namespace, blueprint: Blueprint, machine: Machi
 def _show_search(chosen: argparse.Namespace, blueprint: Blueprint, machine: Machine) -> int:
     found = search(blueprint, machine, options_of(chosen), load_of(chosen), chosen.search)
     if chosen.json:
-        _print_json(search_document(found))
+        print_json(search_document(found))
         return Exit.OK
     with answer() as console:
         console.print(f"[bold]model[/]     {model_line(blueprint.params, blueprint.weights)}")
@@ -144,8 +154,3 @@ def _show_search(chosen: argparse.Namespace, blueprint: Blueprint, machine: Mach
             console.print(f"[bold]limit[/]     {line}")
         report.print_prediction(console, found.prediction, quiet=chosen.quiet)
     return Exit.OK
-
-
-def _print_json(document: Any) -> None:
-    json.dump(document, sys.stdout, ensure_ascii=False)
-    print()

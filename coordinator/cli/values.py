@@ -1,9 +1,31 @@
-"""Types of command line values."""
+"""Types of command line values, and the parser that checks them."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from typing import Any, NoReturn
+
+from protocol.errors import UsageError
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that raises instead of printing the usage and exiting; what has no type must not be empty."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.register("type", None, filled)  # groups of arguments share it
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UsageError."""
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def filled(text: str) -> str:
+    """An argparse type: a text with something in it. `--workers "$UNSET"` is no way to ask for the default."""
+    if not text:
+        raise argparse.ArgumentTypeError("the value is empty: leave the option out, or say what it is to be")
+    return text
 
 
 def at_least(low: int) -> Callable[[str], int]:
@@ -22,4 +44,8 @@ def at_least(low: int) -> Callable[[str], int]:
 
 def layers(text: str) -> int | None:
     """An argparse type: a number of layers, or None for `all`."""
-    return None if text in ("all", "-1") else at_least(0)(text)
+    if text in ("all", "-1"):
+        return None
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number of layers, or all")
+    return at_least(0)(text)

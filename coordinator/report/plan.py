@@ -18,7 +18,8 @@ from coordinator.report.run import model_line
 from coordinator.report.text import plain, plural, show_bytes
 from coordinator.schedule.diff import Diff, GraphDiff, Moved
 from coordinator.schedule.fit import Fit
-from coordinator.schedule.outline import PURPOSES, DeviceMemory, Outline, Planned, allocator_nodes, link_bytes
+from coordinator.schedule.links import copied_bytes
+from coordinator.schedule.outline import PURPOSES, DeviceMemory, Outline, Planned, allocator_nodes
 from coordinator.schedule.plan import Plan
 
 __all__ = ["answer", "fit_line", "model_line", "next_line", "print_diff", "print_fit", "print_outline"]
@@ -169,7 +170,7 @@ def links_table(graphs: Iterable[Planned]) -> Table:
     plans = [(graph.name, graph.plan) for graph in graphs if graph.plan is not None]
     columns = {"vision": "per image", "prompt": "per prompt", "token": "per token"}
     table = _table(("links", *(columns.get(name, name) for name, _ in plans)), left=("links",))
-    bytes_of = [link_bytes(plan) for _, plan in plans]
+    bytes_of = [copied_bytes(plan) for _, plan in plans]
     for source, target in dict.fromkeys(link for links in bytes_of for link in links):
         cells = [show_bytes(links[source, target]) if (source, target) in links else "-" for links in bytes_of]
         _add(table, f"{source} -> {target}", *cells)

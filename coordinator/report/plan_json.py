@@ -11,7 +11,8 @@ from coordinator.report.plan_why import because, first_node
 from coordinator.schedule.diff import Diff
 from coordinator.schedule.document import dump_document, plan_result
 from coordinator.schedule.fit import Fit
-from coordinator.schedule.outline import DeviceMemory, Outline, Planned, allocator_nodes, link_bytes
+from coordinator.schedule.links import copied_bytes
+from coordinator.schedule.outline import DeviceMemory, Outline, Planned, allocator_nodes
 from coordinator.schedule.plan import Plan
 from protocol.ops import Flag
 
@@ -127,7 +128,7 @@ def _graph(graph: Planned) -> Json:
         "inputs": [{"name": t.name, "bytes": t.nbytes} for t in graph_inputs(plan)],
         "outputs": [{"name": t.name, "bytes": t.nbytes} for t in graph_outputs(plan)],
         "splits": [_split(plan, number) for number in range(len(plan.splits))],
-        "links": [{"from": a, "to": b, "bytes": n} for (a, b), n in link_bytes(plan).items()],
+        "links": [{"from": a, "to": b, "bytes": n} for (a, b), n in copied_bytes(plan).items()],
     }
 
 

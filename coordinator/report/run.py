@@ -13,7 +13,7 @@ from coordinator.report.text import plain, plural, show_bytes, show_time
 from coordinator.runtime.evaluate import Shipped
 from coordinator.runtime.generate import Timings
 from coordinator.runtime.session import Session
-from coordinator.schedule.lower import link_bytes
+from coordinator.schedule.links import sent_bytes
 from protocol.timing import PS
 
 _KIND = {"cpu": "host", "accel": "sim", "null": "computes nothing"}
@@ -65,7 +65,7 @@ def plan_line(timings: Timings) -> str:
 
 
 def _crossing(shipped: Shipped) -> int:
-    return sum(link_bytes(shipped.lowered).values())
+    return sum(sent_bytes(shipped.lowered).values())
 
 
 def speed_line(timings: Timings, first_token_ns: int) -> str:
@@ -120,7 +120,7 @@ def graphs_table(timings: Timings, names: Sequence[str]) -> Table:
     for label, shipped in (("vision", timings.vision), ("prompt", timings.prompt), ("token", timings.decode)):
         if shipped is not None:
             where = dict.fromkeys(names[split.backend] for split in shipped.plan.splits)
-            links = [f"{names[a]} -> {names[b]} {show_bytes(n)}" for (a, b), n in link_bytes(shipped.lowered).items()]
+            links = [f"{names[a]} -> {names[b]} {show_bytes(n)}" for (a, b), n in sent_bytes(shipped.lowered).items()]
             nodes, splits = len(shipped.plan.graph.nodes), len(shipped.plan.splits)
             table.add_row(label, str(nodes), str(splits), ", ".join(where), ", ".join(links) or "-")
     return table
@@ -171,7 +171,7 @@ def run_document(
                 "nodes": len(shipped.plan.graph.nodes),
                 "splits": len(shipped.plan.splits),
                 "links": [
-                    {"from": names[a], "to": names[b], "bytes": n} for (a, b), n in link_bytes(shipped.lowered).items()
+                    {"from": names[a], "to": names[b], "bytes": n} for (a, b), n in sent_bytes(shipped.lowered).items()
                 ],
             }
             for label, shipped in graphs.items()

@@ -81,11 +81,12 @@ def machine_line(machine: Machine) -> str:
     for model in machine.models:
         memory = f"{model.memory_nbytes / (1 << 30):g} GiB " if model.memory_nbytes else ""
         parts.append(f"{model.name} {memory}at {model.bandwidth / 1e9:,.4g} GB/s")
-    shared = [f"; {_pool_text(pool)} for {len(pool.workers)} of them" for pool in machine.fabric.pools]
+    shared = [f"; {pool_text(pool)} for {len(pool.workers)} of them" for pool in machine.fabric.pools]
     return ", ".join(parts) + "".join(shared)
 
 
-def _pool_text(pool: Pool) -> str:
+def pool_text(pool: Pool) -> str:
+    """`1.9 processors and 21 GB/s of weights`."""
     memory = f" and {pool.memory / 1e9:,.4g} GB/s of weights" if pool.memory else ""
     return f"{pool.processors:g} processors{memory}"
 

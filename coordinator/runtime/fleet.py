@@ -15,6 +15,7 @@ import zmq
 from coordinator.config import Topology, WorkerSpec
 from coordinator.runtime.awaited import Awaited
 from coordinator.runtime.control import Control, Letter
+from coordinator.runtime.descriptors import make_room
 from coordinator.runtime.handshake import check_hello
 from coordinator.runtime.nursery import Nursery
 from coordinator.runtime.process import Start, WorkerProcess, start_workers
@@ -29,7 +30,7 @@ from protocol.mailbox import StepRecord
 from protocol.wire import Buffer, Envelope
 
 _GRACE_S = 0.5
-_DEATH_S = 1.0  # between the end of a connection and the end of its process
+_DEATH_S = 20.0  # at most, between the end of a connection and the end of its process, on a busy machine
 START_TIMEOUT_S = 120.0
 STALL_TIMEOUT_S = 60.0
 
@@ -86,14 +87,17 @@ class Fleet:
         self.program_numbers = itertools.count()
         self.step_numbers = itertools.count(1)
         self._token = sockets.new_token()
-        self._identities = [sockets.identity(name, 0, self._token) for name in topology.names]
+        self._identities = [sockets.identity(name, self._token) for name in topology.names]
         self._awaited = Awaited(topology.names)
         self._stack = ExitStack()
         self._broken = ""
         self._whole = _Whole(self)
 
     def __enter__(self) -> Fleet:
-        """The fleet, listening; workers are started by `start`. Raises UsageError for a port that is taken."""
+        """The fleet, listening; workers are started by `start`.
+
+        Raises UsageError for a port that is taken, CapacityError where too few files may be open.
+        """
         try:
             with Held():
                 self._open()
@@ -107,6 +111,7 @@ class Fleet:
 
     def _open(self) -> None:
         tcp = self.options.transport == "tcp"
+        make_room(len(self.topology.workers))
         self.directory = rundir.run_directory()
         self._stack.callback(rundir.remove_run_directory, self.directory)
         size = mailbox.nbytes(len(self.topology.workers)) if self._has_mailboxes() else NBYTES
@@ -130,9 +135,8 @@ class Fleet:
 
     def _configuration(self, spec: WorkerSpec) -> dict[str, object]:
         return {
-            "name": spec.name, "incarnation": 0, "kind": spec.kind, "memory": spec.memory,
-            "threads": spec.threads, "unsupported_ops": spec.unsupported_ops,
-            "arithmetic": self.options.arithmetic, "endpoint": self.endpoint,
+            "name": spec.name, "kind": spec.kind, "memory": spec.memory, "threads": spec.threads,
+            "unsupported_ops": spec.unsupported_ops, "arithmetic": self.options.arithmetic, "endpoint": self.endpoint,
             "transport": self.options.transport, "plane": self.plane, "run_directory": self.directory,
             "board": self.board.segment.path, "token": self._token,
         }  # fmt: skip

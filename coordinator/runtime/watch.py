@@ -9,25 +9,29 @@ from coordinator.runtime.process import WorkerProcess
 from protocol.board import Board, State
 
 _LOOK_S = 0.25
-_BUSY_SHARE = 0.005  # of a processor: a process that only sleeps and answers heartbeats stays below
+_BUSY_SHARE = 0.005  # of a processor: a process that only sleeps stays below
+_ABSENT_S = 1.0  # who asks every few milliseconds and finds that more has passed was halted itself
 
 
 class Watch:
     """Looks at the workers while their answers are awaited.
 
-    They get on while anything on the board changes, or while one that waits for no peer computes or reads a disk.
+    They get on while anything on the board changes, or while one that waits for no peer computes or reads a disk. Time
+    in which this process was halted does not count: whoever halted it may have halted them as well.
     """
 
     def __init__(self, board: Board, processes: Sequence[WorkerProcess], awaited: Collection[int]) -> None:
         self.board, self.processes = board, processes
         self.awaited = [i for i in awaited if i < len(processes)]
-        self._since = self._looked = time.monotonic()
+        self._since = self._looked = self._asked = time.monotonic()
         self._progress = [board.progress(i) for i in range(len(processes))]
         self._cpu_s: float | None = None
 
     def idle_s(self) -> float:
-        """Seconds since the last sign of progress."""
+        """Seconds since the last sign of progress; to be asked again and again."""
         now = time.monotonic()
+        self._since += max(0.0, now - self._asked - _ABSENT_S)
+        self._asked = now
         if now - self._looked >= _LOOK_S:
             self._looked = now
             if self._got_on(now - self._since):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from coordinator.schedule.outline import Outline, link_bytes
+from coordinator.schedule.links import copied_bytes
+from coordinator.schedule.outline import Outline
 from coordinator.schedule.plan import Plan
 from coordinator.schedule.residents import purpose_of, residents
 
@@ -62,7 +63,7 @@ def _graph_diff(name: str, before: Plan, after: Plan) -> GraphDiff:
         if node in was and was[node] != device:
             link = (was[node], device)
             moved[link] = moved.get(link, 0) + 1
-    old, new = link_bytes(before), link_bytes(after)
+    old, new = copied_bytes(before), copied_bytes(after)
     return GraphDiff(
         name,
         (len(before.graph.nodes), len(after.graph.nodes)),

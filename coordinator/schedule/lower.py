@@ -310,12 +310,3 @@ class _Lowering:
         ident, end = self.plan.graph.named(keep.name).id, len(self.plan.splits)
         target, source = (keep.home.arena, keep.home.offset), (port.arena, port.offset)
         self.drafts[worker].instructions.append(Instruction(Kind.COPY, ident, 0, end, *target, port.nbytes, source))
-
-
-def link_bytes(lowered: Lowered) -> Mapping[tuple[int, int], int]:
-    """Bytes per step by (source worker, target worker)."""
-    total: dict[tuple[int, int], int] = {}
-    for transfer in lowered.transfers:
-        link = (transfer.source, transfer.target)
-        total[link] = total.get(link, 0) + transfer.nbytes
-    return total

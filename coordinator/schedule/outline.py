@@ -257,17 +257,6 @@ def device_memory(
     )
 
 
-def link_bytes(plan: Plan) -> dict[tuple[str, str], int]:
-    """Bytes that each evaluation copies, by (from, to) device names, in the order of the splits."""
-    total: dict[tuple[str, str], int] = {}
-    for split in plan.splits:
-        target = plan.devices[split.backend].name
-        for ident in split.inputs:
-            link = (plan.devices[plan.backend[ident]].name, target)
-            total[link] = total.get(link, 0) + plan.graph.tensors[ident].nbytes
-    return total
-
-
 def allocator_nodes(plan: Plan) -> int:
     """Nodes that the allocator walks: the graph's, and two for each input of a split."""
     return len(plan.graph.nodes) + 2 * sum(len(split.inputs) for split in plan.splits)

@@ -140,6 +140,7 @@ def bench(*arguments: str) -> str:
     return output.getvalue()
 
 
+@pytest.mark.slow
 def test_the_command_measures_each_combination(tmp_path: Path) -> None:
     picture = tmp_path / "scaling.svg"
     drawn = ("--plot", str(picture))

@@ -48,7 +48,7 @@ def test_regressions(server: RealServer, path: Path) -> None:
 
 
 @given(rng=st.randoms(use_true_random=False))
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
 def test_documents_that_shrink(server: RealServer, rng: random.Random) -> None:
     doc = random_document(rng)
     _, found = compare(server, doc)

@@ -66,7 +66,7 @@ def test_while_kernels_are_compiled(directory: Path, deaf: int) -> None:
 def test_while_workers_are_born(directory: Path, deaf: int) -> None:
     """The nursery has ended already; a worker that cannot say that it is born is the only one left."""
     configuration = {
-        "name": "null0", "incarnation": 0, "kind": "null", "memory": None, "threads": 1, "unsupported_ops": [],
+        "name": "null0", "kind": "null", "memory": None, "threads": 1, "unsupported_ops": [],
         "arithmetic": "exact", "transport": "ipc", "plane": "shared", "board": "", "token": "t",
         "endpoint": f"ipc://{directory}/control.sock", "run_directory": str(directory),
     }  # fmt: skip

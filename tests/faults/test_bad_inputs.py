@@ -435,7 +435,12 @@ def test_bad_input(name: str, results: dict[str, tuple[Bad, Future[Result]]]) ->
     assert not re.search(r"internal error|Errno|object at 0x", line)
 
 
-@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+ALL_CLOSED = "<&- >&- 2>&-"
+
+
+@pytest.mark.parametrize(
+    "closed", [*(pytest.param(one, marks=pytest.mark.slow) for one in ALL_CLOSED.split()), ALL_CLOSED]
+)
 def test_closed_streams(closed: str, model: Path) -> None:
     command = ("sh", "-c", f'exec "$0" "$@" {closed}', COMMAND)
     result = run(["run", "-m", model, *ONE, *TEXT], command=command)

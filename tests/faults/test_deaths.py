@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.harness import Job, end_unfinished, stat
+from tests.faults.harness import PATIENCE_S, Job, end_unfinished, stat
 
 pytestmark = pytest.mark.usefixtures("warm")
 
@@ -97,14 +97,14 @@ def ticks(pid: int) -> int:
 
 @SLOW
 def test_stopped_worker(long_model: Path) -> None:
-    job = Job(decoding(long_model, "--stall-timeout", 1))
-    job.wait_until(lambda: is_decoding(job))
+    job = Job(decoding(long_model, "--stall-timeout", 4))
+    assert job.wait_until(lambda: is_decoding(job)), job.stderr()
     began = time.monotonic()
     os.kill(job.workers()["accel0"], signal.SIGSTOP)
     result = job.finish()
-    line = result.check(6, "no worker made progress for 1 s during the language graph", "accel0 (stopped)")
+    line = result.check(6, "no worker made progress for 4 s during the language graph", "accel0 (stopped)")
     assert "--stall-timeout" in line
-    assert 1 < time.monotonic() - began < 30
+    assert 4 < time.monotonic() - began < PATIENCE_S
 
 
 @SLOW
@@ -122,8 +122,8 @@ def test_stopped_worker_dies_with_its_coordinator(long_model: Path) -> None:
 def is_stopped(pid: int) -> bool:
     """A signal takes a moment to stop a process with several threads, and until the last of them has stopped the system
     does not care whether its parent dies."""
-    threads = Path(f"/proc/{pid}/task").glob("*/stat")
-    return {thread.read_text().rpartition(")")[2].split()[0] for thread in threads} == {"T"}
+    threads = [stat(int(thread.name)) for thread in Path(f"/proc/{pid}/task").iterdir()]
+    return all(not thread or thread[0] == "T" for thread in threads)
 
 
 @SLOW

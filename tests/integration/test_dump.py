@@ -129,6 +129,7 @@ def test_so_over_messages(demo: Loaded, prompt: Prompt, ownership: Ownership) ->
             assert (plain[1], looked[2] > 600) == (looked[1], True)
 
 
+@pytest.mark.slow
 def test_a_stale_read_is_told_all_the_same(demo: Loaded, prompt: Prompt) -> None:
     stories = []
     for taps in ((), ALL):

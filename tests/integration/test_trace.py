@@ -17,7 +17,7 @@ from coordinator.runtime.fleet import Fleet
 from coordinator.runtime.generate import Timings, encode_images, generate
 from coordinator.runtime.session import Session, SessionOptions
 from coordinator.runtime.stopwatch import Stopwatch
-from coordinator.schedule.lower import link_bytes
+from coordinator.schedule.links import sent_bytes
 from coordinator.schedule.placement import PlacementOptions
 from coordinator.simulate.hardware import DeviceModel, LinkModel
 from coordinator.simulate.machine import make_machine
@@ -90,7 +90,7 @@ def test_links_carry_what_the_programs_send(both: tuple[Stopwatch, Trace]) -> No
     stopwatch, trace = both
     expected: dict[str, int] = defaultdict(int)
     for evaluation in stopwatch.taken:
-        for (source, target), nbytes in link_bytes(evaluation.lowered).items():
+        for (source, target), nbytes in sent_bytes(evaluation.lowered).items():
             expected[f"{('accel0', 'cpu0')[source]} -> {('accel0', 'cpu0')[target]}"] += nbytes
     for group in ("links", "simulated links"):
         carried: dict[str, int] = defaultdict(int)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from datetime import datetime
 from typing import Any
 
@@ -169,11 +170,13 @@ ATTACKS = {
 }
 
 
-@pytest.mark.parametrize("name", ATTACKS)
-@pytest.mark.timeout(10)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "sorting")) for n in ATTACKS])
 def test_attack_is_stopped(name: str) -> None:
+    """Within seconds of processor time; some of them would go on for hours."""
+    began = time.process_time()
     with pytest.raises(ModelError, match="chat template") as caught:
         render(ATTACKS[name])
+    assert time.process_time() - began < 10
     assert "\n" not in str(caught.value)
 
 

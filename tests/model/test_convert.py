@@ -336,7 +336,7 @@ def places(node: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 
 @given(data=st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_odd_json_values(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     """Any node of any JSON file replaced by anything: reading ends well or with one of our errors."""
     folder = tmp_path_factory.getbasetemp() / "odd"

@@ -204,7 +204,7 @@ FLIPS = st.lists(st.tuples(st.integers(0, 1 << 24), st.integers(0, 255)), min_si
 
 
 @given(FLIPS)
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_flipped_bytes_of_a_small_file(flips: list[tuple[int, int]]) -> None:
     data = bytearray(valid())
     for place, value in flips:
@@ -218,7 +218,7 @@ def test_flipped_bytes_of_a_small_file(flips: list[tuple[int, int]]) -> None:
 
 
 @given(FLIPS)
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 def test_flipped_bytes_of_a_model(ref_model: ModelFile, tmp_path: Path, flips: list[tuple[int, int]]) -> None:
     """Whatever a header says, opening and setting up the model ends well or with one of our errors."""
     data = bytearray(ref_model.path.read_bytes())

@@ -56,7 +56,8 @@ def wrong_for_real(
 ) -> list[str]:  # fmt: skip
     """Outputs with wrong bytes of a changed program on the real shared plane, its workers held up at the worst point.
 
-    Receivers sleep before they copy a transfer (None: any), or operations before they begin.
+    Receivers sleep before they copy a transfer (None: any), or operations before they begin. A changed program whose
+    workers wait for each other for ever has no outputs; those that are sound must have them.
     """
     cluster, rng = cluster_of(seed, "shared")
     lowered = program(cluster, rng)
@@ -68,7 +69,10 @@ def wrong_for_real(
         for naps in threads.naps:
             naps.before_copy_s = dict.fromkeys(numbers, before_copy_s)
             naps.before_run_s = before_run_s
-        return threads.run(changed, threads.ship(changed), steps, patience_s=3.0)
+        if change is same and not early:
+            return threads.run(changed, threads.ship(changed), steps)
+        wrong = threads.run(changed, threads.ship(changed), steps, patience_s=3.0)
+    return [] if wrong == ["no answer"] else wrong
 
 
 def test_early_acknowledgement_is_caught_for_real(directory: str) -> None:
@@ -82,8 +86,9 @@ def test_early_publication_is_caught_for_real(directory: str) -> None:
 
 def test_ending_with_loans_out_is_caught_for_real(directory: str) -> None:
     """By the bytes that the next step overwrites; where workers hang instead, another program is tried."""
-    found = (wrong_for_real(seed, directory, without_final_waits, before_copy_s=0.02, steps=2) for seed in range(4, 30))
-    assert any(wrong and wrong != ["no answer"] for wrong in found)
+    assert any(
+        wrong_for_real(seed, directory, without_final_waits, before_copy_s=0.02, steps=2) for seed in range(4, 30)
+    )
 
 
 def test_a_dropped_wait_is_caught_for_real(directory: str) -> None:

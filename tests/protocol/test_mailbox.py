@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coordinator.cli.options import DEMO_MODEL
+from coordinator.runtime.fleet import Fleet
 from coordinator.runtime.session import Session, SessionOptions
 from coordinator.schedule.placement import PlacementOptions
 from protocol import mailbox as module
@@ -26,6 +27,8 @@ from protocol.errors import ProtocolError, WorkerError
 from protocol.features import has
 from protocol.mailbox import BOX_NBYTES, CAPACITY, N_SLOTS, Mailbox
 from tests.integration.describing import fleet_of, load
+from tests.patience import LATE_S, comes_true
+from tests.protocol.echoing import echo
 
 pytestmark = pytest.mark.skipif(not has("mailbox"), reason="needs futex and memfd")
 
@@ -245,25 +248,9 @@ def test_only_where_it_is_offered(segment: sharedmem.Segment, tmp_path: Path) ->
         Mailbox.attach(f"{tmp_path}/nothing", 0)
 
 
-def _echo(path: str) -> None:
-    """Another process: answer every step until told to end."""
-    box = Mailbox.attach(path, 1)
-    assert box is not None
-    while True:
-        while not box.reader.wait(1.0):
-            pass
-        envelope = box.reader.take()
-        if isinstance(envelope.message, m.Shutdown):
-            return
-        step = envelope.message.step
-        if step % 50 == 0:
-            time.sleep(0.002)  # so that the other side falls asleep
-        box.writer.post(m.Done(0, step, 0, 0, 0, 0, 0, ()), envelope.buffers)
-
-
 def test_between_processes(segment: sharedmem.Segment) -> None:
     ours = Mailbox.offer(segment, 1)
-    other = multiprocessing.get_context("spawn").Process(target=_echo, args=(segment.path,))
+    other = multiprocessing.get_context("spawn").Process(target=echo, args=(segment.path,))
     other.start()
     for step in range(1000):
         if step % 50 == 25:
@@ -282,7 +269,7 @@ def test_waiting_ends_and_costs_nothing(segment: sharedmem.Segment) -> None:
     ours, _ = pair(segment)
     began, busy = time.monotonic(), time.thread_time()
     assert not ours.reader.wait(0.3)
-    assert 0.25 < time.monotonic() - began < 5
+    assert 0.25 < time.monotonic() - began < LATE_S
     assert time.thread_time() - busy < 0.05
 
 
@@ -301,31 +288,32 @@ def test_a_fleet_keeps_the_order_of_both_ways() -> None:
             assert fleet.request(0, m.Read(arena, 0, nbytes)).buffers[0] == expected[:nbytes]
 
 
+def is_asleep(fleet: Fleet) -> bool:
+    """No worker takes processor time, which the system counts in hundredths of a second."""
+    busy = [process.vitals().cpu_s for process in fleet.processes]
+    time.sleep(0.4)
+    return all(p.vitals().cpu_s - b <= 0.01 for p, b in zip(fleet.processes, busy, strict=True))
+
+
 def test_an_idle_worker_sleeps() -> None:
     with fleet_of("cpu:1") as fleet:
         fleet.request(0, m.StatsRequest())
-        time.sleep(0.1)
-        busy = fleet.processes[0].vitals().cpu_s
-        time.sleep(0.6)
-        assert fleet.processes[0].vitals().cpu_s - busy <= 0.02
+        assert comes_true(lambda: is_asleep(fleet))
 
 
 def test_a_worker_that_has_run_sleeps(demo_session: Session) -> None:
     """Also where it waits for the next step without Python."""
     for _ in range(3):
         demo_session.evaluate([5])
-    time.sleep(0.1)
-    busy = [process.vitals().cpu_s for process in demo_session.fleet.processes]
-    time.sleep(0.6)
-    assert all(p.vitals().cpu_s - b <= 0.02 for p, b in zip(demo_session.fleet.processes, busy, strict=True))
+    assert comes_true(lambda: is_asleep(demo_session.fleet))
 
 
 def test_a_request_to_a_dead_worker_says_so() -> None:
     with fleet_of("cpu:1") as fleet:
         fleet.request(0, m.StatsRequest())
         fleet.processes[0].kill()
-        fleet.processes[0].wait(5)
+        fleet.processes[0].wait(LATE_S)
         began = time.monotonic()
         with pytest.raises(WorkerError, match="cpu0 was killed by SIGKILL"):
             fleet.request(0, m.StatsRequest())
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < LATE_S / 4

@@ -27,9 +27,9 @@ from protocol.errors import ProtocolError, WorkerError
 from protocol.sharedmem import create
 from protocol.version import MAJOR, MINOR
 from protocol.wire import PRELUDE, decode, encode
+from tests.patience import LATE_S
 
 ONE = parse_workers("null:1", 1)
-LATE_S = 30.0
 
 
 @contextmanager
@@ -56,7 +56,7 @@ def dealer(endpoint: str, identity: bytes, password: str | None = None) -> Itera
 
 def hello(made: Fleet, **changes: Any) -> m.Hello:
     facts: dict[str, Any] = {
-        "name": "null0", "incarnation": 0, "major": MAJOR, "minor": MINOR, "token": made._token, "pid": 1,
+        "name": "null0", "major": MAJOR, "minor": MINOR, "token": made._token, "pid": 1,
         "kind": "null", "features": (), "data_endpoint": "ipc:///nowhere",
     }  # fmt: skip
     return m.Hello(**{**facts, **changes})
@@ -115,7 +115,7 @@ def test_strangers_cannot_disturb_a_run(transport: str) -> None:
     """They connect under their own names and a worker's, talk sense and nonsense, before and during the run."""
     with fleet(transport=transport) as made:
         words = [encode(hello(made, token="guess")), [b"junk"], [b""] * 50, encode(m.Failed("worker", "die"))]
-        with dealer(made.endpoint, b"stranger", "guess") as one, dealer(made.endpoint, b"null0.0") as other:
+        with dealer(made.endpoint, b"stranger", "guess") as one, dealer(made.endpoint, b"null0") as other:
             secret = made._token if transport == "tcp" else None
             say(words, one, other)
             with raw_connection(made.endpoint):
@@ -208,13 +208,13 @@ def flooding(endpoint: str, password: str | None) -> Iterator[None]:
 
 def worker(stdin: bytes, directory: str = "") -> tuple[int, str]:
     command = [sys.executable, "-P", "-m", "workers", directory, "null0"]
-    result = subprocess.run(command, input=stdin, capture_output=True, timeout=LATE_S * 2)
+    result = subprocess.run(command, input=stdin, capture_output=True, timeout=LATE_S)
     assert result.stdout == b""
     return result.returncode, result.stderr.decode()
 
 
 CONFIGURATION = {
-    "name": "null0", "incarnation": 0, "kind": "null", "memory": None, "threads": 1, "unsupported_ops": [],
+    "name": "null0", "kind": "null", "memory": None, "threads": 1, "unsupported_ops": [],
     "arithmetic": "exact", "transport": "ipc", "plane": "shared", "board": "/nonexistent", "token": "t",
 }  # fmt: skip
 

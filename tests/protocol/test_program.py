@@ -57,6 +57,7 @@ INSTRUCTION = st.builds(
 )  # fmt: skip
 
 
+@settings(max_examples=40)
 @given(st.lists(ops(), max_size=5))
 def test_ops_round_trip(records: list[OpRecord]) -> None:
     assert unpack_ops(table_from(pack_ops(records).tobytes(), OP_WORDS, "ops")) == records
@@ -68,7 +69,7 @@ def test_instructions_round_trip(instructions: list[Instruction]) -> None:
     assert unpack_instructions(table, n_ops=9, n_workers=10, n_transfers=10) == instructions
 
 
-@settings(max_examples=100)
+@settings(max_examples=40)
 @given(st.lists(st.lists(WORD, min_size=OP_WORDS, max_size=OP_WORDS), max_size=3))
 def test_random_ops(rows: list[list[int]]) -> None:
     table = np.array(rows, np.int64).reshape(-1, OP_WORDS)

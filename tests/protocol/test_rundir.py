@@ -50,8 +50,10 @@ def test_nothing_else_is_touched(base: Path) -> None:
     rundir.remove_run_directory(str(alive))
 
 
-def test_what_appears_meanwhile_is_removed_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker that binds its socket while another one removes the directory."""
+@pytest.mark.parametrize("stubborn_s", [0.5, 0.0])
+def test_what_appears_meanwhile_is_removed_too(stubborn_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that binds its socket while another one removes the directory; however long each attempt takes."""
+    monkeypatch.setattr(rundir, "_STUBBORN_S", stubborn_s)
     path = rundir.run_directory()
     rmdir, late = os.rmdir, [f"{path}/one.sock", f"{path}/two.sock"]
 

@@ -92,7 +92,7 @@ def test_wrong_fields(kind: str, data: st.DataObject) -> None:
         assert decode([bytes(frame) for frame in again]) == envelope
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(MESSAGES, BUFFERS, st.data())
 def test_flipped_bytes(message: Any, buffers: list[bytes], data: st.DataObject) -> None:
     frames = [bytearray(frame) for frame in encode(message, buffers)]
@@ -143,6 +143,7 @@ def test_fault(name: str) -> None:
     refused(frames, *words)
 
 
+@pytest.mark.slow
 def test_bomb_stays_small() -> None:
     """A header of the greatest size, made of what takes the most memory once it is unpacked: empty maps."""
     item = b"\x80"

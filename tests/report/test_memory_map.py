@@ -113,6 +113,7 @@ def test_a_real_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pyte
     """Tensors lie where they were planned, and each from and to a time of its own evaluation."""
     drawn, path = Drawn(), tmp_path / "map.svg"
     monkeypatch.setattr(memory_map_run, "draw_run_map", drawn)
+    monkeypatch.setattr(memory_map_run, "_TITLE_WIDTH", 0.0)  # whatever part of the time the tokens took
     workers = ("-w", "cpu:1,accel:1", "-ngl", "3", "-ub", "15", "-c", "256", "-n", "7", "--ownership", "faithful")
     assert parse(["run", *workers, "--memory-map", str(path)])() == 0
     said = capfd.readouterr().err

@@ -66,7 +66,7 @@ def test_causes_are_told_by_name() -> None:
     OFFLOAD, (*OFFLOAD, "--parallel"), (*OFFLOAD, "--no-share-scheduler"), (*OFFLOAD, "--no-op-offload"),
     (*OFFLOAD, "--dialect", "2024", "--phase", "prompt,token"), (*OFFLOAD, "--dialect", "2024", "--no-op-offload"),
     (TINY, "--workers", "cpu:1,accel:3", "-nkvo"), (TINY, "-ot", "ffn=accel1", "--debug-tensor", "vision_output_copy"),
-    ("llama-3.2-11b-vision", "-ngl", "30", "--device", "gpu0"),
+    pytest.param(("llama-3.2-11b-vision", "-ngl", "30", "--device", "gpu0"), marks=pytest.mark.slow),
 ], ids=" ".join)  # fmt: skip
 def test_plans_are_proved(arguments: tuple[str, ...]) -> None:
     assert run_plan(*arguments, "--check", "-q")[0] == Exit.OK

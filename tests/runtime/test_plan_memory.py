@@ -1,17 +1,16 @@
-"""Planning takes seconds and little memory, whatever the model's size, and starts no processes."""
+"""Planning takes seconds of a processor and little memory, whatever the model's size, and starts no processes."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 PROBE = """
-import json, subprocess, sys
+import json, subprocess, sys, time
 from pathlib import Path
 sys.argv = ["crossdock"]
 import os
@@ -20,7 +19,7 @@ from coordinator.cli.parser import parse
 status = parse(["plan", *ARGUMENTS])()
 # getrusage would count the memory of the process that started this one
 peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-print(json.dumps([int(status), int(peak.split()[1]) * 1024]), file=sys.stderr)
+print(json.dumps([int(status), int(peak.split()[1]) * 1024, time.process_time()]), file=sys.stderr)
 """
 
 
@@ -32,12 +31,10 @@ print(json.dumps([int(status), int(peak.split()[1]) * 1024]), file=sys.stderr)
     ("llama-3.2-90b-vision", "--device", "gpu0:40GiB", "--fit"),
 ])  # fmt: skip
 def test_largest_preset(arguments: tuple[str, ...]) -> None:
-    started = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", PROBE.replace("ARGUMENTS", repr(arguments))], capture_output=True, text=True, check=True
     )
-    seconds = time.monotonic() - started
-    status, nbytes = json.loads(done.stderr.splitlines()[-1])
+    status, nbytes, seconds = json.loads(done.stderr.splitlines()[-1])
     assert status == 0
     assert nbytes < 300e6
     assert seconds < 60, "seconds, and time to compile the planner when that was never done"

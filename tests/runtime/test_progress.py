@@ -32,7 +32,8 @@ def on_terminal(command: list[str]) -> str:
     return found.decode()
 
 
-@pytest.mark.parametrize("transport", ["ipc", pytest.param("tcp", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("transport", ["ipc", "tcp"])
 def test_loading_is_seen_on_a_terminal(transport: str) -> None:
     found = on_terminal([*RUN, "--transport", transport])
     assert "loading weights" in found

@@ -12,7 +12,7 @@ from tests.conformance.documents import tame_document
 
 
 @given(rng=st.randoms(use_true_random=False))
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 def test_plans_prove_right(rng: random.Random) -> None:
     document = load_document(tame_document(rng))
     scheduler = Scheduler(document.devices, parallel=document.parallel, op_offload=document.op_offload)

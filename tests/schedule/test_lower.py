@@ -8,7 +8,8 @@ import pytest
 
 from coordinator.graph.build import Builder
 from coordinator.graph.node import BufferRef, Graph, Tensor
-from coordinator.schedule.lower import Home, Keep, Lowered, link_bytes, lower
+from coordinator.schedule.links import sent_bytes
+from coordinator.schedule.lower import Home, Keep, Lowered, lower
 from coordinator.schedule.plan import Device
 from coordinator.schedule.scheduler import Scheduler
 from protocol.dtypes import DType
@@ -156,7 +157,7 @@ def test_ports_and_links() -> None:
     result = lowered(2)
     assert [port.name for program in result.programs for port in program.inputs] == ["x"]
     assert [port.nbytes for program in result.programs for port in program.outputs] == [64 * 4 * 4]
-    assert sum(link_bytes(result).values()) == sum(t.nbytes for t in result.transfers)
+    assert sum(sent_bytes(result).values()) == sum(t.nbytes for t in result.transfers)
 
 
 def test_keep_must_be_on_the_tensors_worker() -> None:

@@ -15,6 +15,7 @@ from opcheck import four, resolve
 
 from protocol.errors import PlanError, WorkerError
 from protocol.ops import GluOp, Op, UnaryOp
+from tests.patience import LATE_S, comes_true
 from workers.execute import Executor, ResolvedOp, build_table, encode_params
 from workers.kernels import row, warm
 
@@ -71,7 +72,7 @@ def test_threads_end_with_the_executor():
     for team in teams:
         team.close()
         team.close()
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < LATE_S
     assert threading.active_count() == before
     with pytest.raises(WorkerError, match="closed"):
         teams[0].run(table)
@@ -96,10 +97,13 @@ def test_idle_threads_cost_nothing(futex, monkeypatch):
         monkeypatch.setenv("CROSSDOCK_DISABLE", "futex")
     with Executor(4) as team:
         team.run(build_table(chain(np.ones((1, 1, 1, 64), np.float32), 3)[0], 4))
-        time.sleep(0.05)
-        start = time.process_time()
-        time.sleep(0.5)
-        assert time.process_time() - start < 0.05
+        assert comes_true(nobody_computes)
+
+
+def nobody_computes() -> bool:
+    start = time.process_time()
+    time.sleep(0.3)
+    return time.process_time() - start < 0.03
 
 
 def test_parameters_are_laid_out_as_ggml_does():
@@ -150,6 +154,7 @@ def sample_outputs() -> list[bytes]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)  # kernels are compiled for these
 @pytest.mark.parametrize("features", ["avx2,f16c,fma", "f16c,futex"])
 def test_the_same_bits_without_cpu_features(features):
     program = "import sys, test_execute as t; sys.stdout.buffer.write(b''.join(t.sample_outputs()))"
@@ -157,7 +162,7 @@ def test_the_same_bits_without_cpu_features(features):
     environ = {**os.environ, "CROSSDOCK_DISABLE": features, "PYTHONPATH": paths}
     for name in [n for n in environ if n.startswith("NUMBA_CPU")]:
         del environ[name]
-    done = subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True, timeout=250)
+    done = subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
     assert done.stdout == b"".join(sample_outputs())
 
@@ -184,7 +189,7 @@ def test_one_process_at_a_time_compiles(tmp_path):
         other = threading.Thread(target=second)
         other.start()
         assert not entered.wait(0.2)
-    other.join(5)
+    other.join(LATE_S)
     assert entered.is_set()
     (tmp_path / "file").touch()
     with warm._alone(tmp_path / "file" / "cache"):

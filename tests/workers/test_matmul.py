@@ -159,7 +159,7 @@ def test_bits_depend_on_neither_threads_nor_columns_nor_rows(dtype: DType) -> No
         np.testing.assert_array_equal(run(top, y), whole[..., :n])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_any_shape(data: st.DataObject) -> None:
     draw = data.draw

@@ -15,7 +15,7 @@ from workers.kernels import activation, table
 from workers.kernels.dequantise import TYPES
 from workers.kernels.stage import Operand
 
-EXAMPLES = settings(max_examples=25, deadline=None)
+EXAMPLES = settings(max_examples=15, deadline=None)
 SIZES = st.sampled_from([1, 2, 3, 7, 8, 9, 16, 31, 40, 1023, 1025, 2500])
 COUNTS = st.integers(1, 4)
 SEEDS = st.integers(0, 2**31)

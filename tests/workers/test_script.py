@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import random
-import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pytest
+from side import ARENA, PROGRAM, Side
 
 from protocol import mailbox, sharedmem
 from protocol import messages as m
@@ -20,46 +20,12 @@ from protocol.features import has
 from protocol.mailbox import CAPACITY, Mailbox
 from protocol.program import Instruction, Kind, pack_instructions, pack_ops
 from protocol.timing import TIME_WORDS
-from workers.arena import Arenas
-from workers.engine import KernelEngine
-from workers.peers import SharedPlane
-from workers.run import Compiled, Runner, compile_program
+from tests.patience import LATE_S, comes_true
+from workers.run import Compiled
 
 pytestmark = pytest.mark.skipif(not has("mailbox"), reason="needs futex and memfd")
 
 SLOT, N_SLOTS = 96, 12  # bytes
-ARENA, PROGRAM = 1, 7
-LATE_S = 60.0
-
-
-@pytest.fixture
-def directory() -> Iterator[str]:
-    with tempfile.TemporaryDirectory(prefix="xd-", dir="/tmp") as path:
-        yield path
-
-
-class Side:
-    """One worker of a run, in this process."""
-
-    def __init__(self, index: int, board: Board, directory: str) -> None:
-        self.index, self.board = index, board
-        self.arenas = Arenas(directory, f"w{index}", limit=None, shared=True, virtual=False)
-        self.segment = self.arenas.allocate(ARENA, SLOT * N_SLOTS, "compute")
-        self.plane, self.engine = SharedPlane(board), KernelEngine(1)
-        self.runner = Runner(index, self.arenas, self.plane, board, self.engine)
-
-    def compiled(self, program: Program, sides: Sequence[Side], timing: str = "") -> Compiled:
-        """This worker's share."""
-        peers = tuple(m.PeerArena(s.index, ARENA, s.segment.path, s.segment.nbytes, "") for s in sides if s is not self)
-        message = m.ProgramMessage(
-            PROGRAM, "test", program.n_transfers, program.inputs[self.index], program.outputs[self.index], (), peers,
-            False, timing,
-        )  # fmt: skip
-        tables = [pack_ops([]).tobytes(), pack_instructions(program.instructions[self.index]).tobytes()]
-        return compile_program(
-            message, [memoryview(t) for t in tables], self.arenas, self.plane, self.engine, len(sides), frozenset(),
-            board=self.board,
-        )  # fmt: skip
 
 
 @dataclass
@@ -76,6 +42,23 @@ class Program:
     def apply(self, memory: np.ndarray[Any, Any]) -> None:
         for target, source in self.sequence:
             memory[target] = memory[source]
+
+
+def sides_of(n_workers: int, board: Board, directory: str) -> list[Side]:
+    return [Side(index, board, directory, SLOT * N_SLOTS) for index in range(n_workers)]
+
+
+def shares_of(program: Program, sides: Sequence[Side], timing: str = "") -> list[Compiled]:
+    """Each worker's."""
+    shares = []
+    for k, side in enumerate(sides):
+        peers = tuple(other.lends() for other in sides if other is not side)
+        message = m.ProgramMessage(
+            PROGRAM, "test", program.n_transfers, program.inputs[k], program.outputs[k], (), peers, False, timing
+        )
+        tables = [pack_ops([]), pack_instructions(program.instructions[k])]
+        shares.append(side.compile(message, tables, len(sides), board=side.board))
+    return shares
 
 
 def random_program(draw: random.Random, n_workers: int, length: int) -> Program:
@@ -129,8 +112,8 @@ def test_random_programs(seed: int, directory: str) -> None:
     n_workers = draw.choice([2, 2, 3])
     program = random_program(draw, n_workers, draw.randrange(5, 120))
     board = Board.create(directory)
-    sides = [Side(index, board, directory) for index in range(n_workers)]
-    shares = [side.compiled(program, sides) for side in sides]
+    sides = sides_of(n_workers, board, directory)
+    shares = shares_of(program, sides)
     assert all(share.script is not None for share in shares)
     memory = np.random.default_rng(seed).integers(0, 256, (n_workers, N_SLOTS, SLOT), np.uint8)
     for side in sides:
@@ -153,8 +136,8 @@ def test_times_of_instructions(seed: int, directory: str) -> None:
     """Compiled code takes them as Python does: one after the other within the step, the results are the same."""
     program = random_program(random.Random(seed), 2, 60)
     board = Board.create(directory)
-    sides = [Side(index, board, directory) for index in range(2)]
-    shares = [side.compiled(program, sides, "trace") for side in sides]
+    sides = sides_of(2, board, directory)
+    shares = shares_of(program, sides, "trace")
     assert all(share.script is not None for share in shares)
     tables: list[np.ndarray[Any, Any]] = [np.empty(0)] * 2
 
@@ -194,8 +177,8 @@ def _ping(n: int, *, batch: bool) -> Program:
 def test_acknowledged_at_the_latest_before_it_sleeps(directory: str) -> None:
     """The sender waits after each SEND, and the receiver has RECVs in a row: told of all at once, both would hang."""
     board = Board.create(directory)
-    sides = [Side(index, board, directory) for index in range(2)]
-    shares = [side.compiled(_ping(50, batch=False), sides) for side in sides]
+    sides = sides_of(2, board, directory)
+    shares = shares_of(_ping(50, batch=False), sides)
     data = [memoryview(b"a" * SLOT), memoryview(b"bbbb")]
     together(lambda: sides[0].runner.run(shares[0], 5, data), lambda: sides[1].runner.run(shares[1], 5, []))
     assert bytes(sides[1].segment.view[:SLOT]) == b"a" * SLOT
@@ -207,8 +190,8 @@ class Serving:
     def __init__(self, directory: str, program: Program) -> None:
         self.segment = sharedmem.create(mailbox.nbytes(2), directory, "board")
         board = Board(self.segment)
-        self.sides = [Side(index, board, directory) for index in range(2)]
-        self.shares = [side.compiled(program, self.sides) for side in self.sides]
+        self.sides = sides_of(2, board, directory)
+        self.shares = shares_of(program, self.sides)
         self.ours = [Mailbox.offer(self.segment, index) for index in range(2)]
         theirs = [Mailbox.attach(self.segment.path, index) for index in range(2)]
         self.theirs = [box for box in theirs if box is not None]
@@ -324,6 +307,7 @@ def test_what_is_lent_is_back_before_anything_else(directory: str) -> None:
     serving.ours[0].writer.post(m.Step(PROGRAM, 8), [b"a" * SLOT, b"bbbb"])
     assert serving.answer(0).message.step == 8
     serving.ours[0].writer.post(m.Step(PROGRAM, 9), [b"c" * SLOT, b"bbbb"])
+    assert comes_true(lambda: serving.sides[0].board.progress(0).state is State.WAITING)
     thread.join(0.1)
     assert bytes(serving.sides[0].segment.view[:SLOT]) == b"a" * SLOT
     assert serving.sides[0].board.progress(0).state is State.WAITING
@@ -354,6 +338,9 @@ def test_lent_bytes_are_back_when_others_have_used_the_doorbell_since(directory:
 
 def test_waiting_for_steps_costs_nothing(directory: str) -> None:
     serving = Serving(directory, _ping(1, batch=True))
+    serving.ours[0].writer.post(m.Shutdown())
+    together(lambda: serving.serve(0))  # compiled code is loaded
+    serving.theirs[0].reader.take()
     busy: list[float] = []
 
     def serve() -> None:

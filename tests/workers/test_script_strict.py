@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import tempfile
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
+from side import ARENA, PROGRAM, Side
 
 from protocol import mailbox, sharedmem
 from protocol import messages as m
@@ -19,15 +18,12 @@ from protocol.mailbox import Mailbox
 from protocol.program import Instruction, pack_instructions, pack_ops
 from protocol.program import Kind as Does
 from protocol.shadow import GRANULE, STEP_SHIFT, Kind, shadow_table
-from workers.arena import Arenas
-from workers.engine import KernelEngine
-from workers.peers import SharedPlane
-from workers.run import Compiled, Runner, compile_program
-from workers.shadow import Shadows, Violation
+from workers.run import Compiled
+from workers.shadow import Violation
 
 pytestmark = pytest.mark.skipif(not has("mailbox"), reason="needs futex and memfd")
 
-ARENA, PROGRAM, SIZE = 1, 7, 2 * GRANULE
+SIZE = 2 * GRANULE
 N_PLACES = 6
 GIVER, TAKER = 0, 1
 SLOT = 5
@@ -99,37 +95,9 @@ MISTAKES = [(w, k) for w, rows in enumerate(EXPECTED) for k, r in enumerate(rows
 INPUTS = ((b"x" * SIZE, b"k" * SIZE), ())
 
 
-@pytest.fixture
-def directory() -> Iterator[str]:
-    with tempfile.TemporaryDirectory(prefix="xd-", dir="/tmp") as path:
-        yield path
-
-
-class Side:
-    """One worker of a run, in this process."""
-
-    def __init__(self, index: int, board: Board, directory: str) -> None:
-        self.index = index
-        self.arenas = Arenas(directory, f"w{index}", limit=None, shared=True, virtual=False)
-        self.segment = self.arenas.allocate(ARENA, SIZE * N_PLACES, "compute", shadow=True)
-        self.plane, self.engine = SharedPlane(board), KernelEngine(1)
-        self.runner = Runner(index, self.arenas, self.plane, board, self.engine)
-        self.shadows = Shadows(self.arenas, self.plane)
-
-    def compiled(self, peer: Side, rows: Rows) -> Compiled:
-        theirs = m.PeerArena(peer.index, ARENA, peer.segment.path, peer.segment.nbytes, peer.arenas.shadows[ARENA].path)
-        inputs, outputs = PORTS[self.index]
-        message = m.ProgramMessage(PROGRAM, "test", 2, inputs, outputs, (), (theirs,), False)
-        numbered = shadow_table([(*r[:7], k) for k, r in enumerate(rows)])
-        tables = [pack_ops([]), pack_instructions(INSTRUCTIONS[self.index]), numbered]
-        return compile_program(
-            message, [memoryview(t.tobytes()) for t in tables], self.arenas, self.plane, self.engine, 2, frozenset(),
-            self.shadows,
-        )  # fmt: skip
-
-    def tag(self, at: int) -> int:
-        """Of a place's first granule."""
-        return int(self.arenas.shadows[ARENA].view.view("<i8")[1 + place(at)[0]])
+def tag_of(side: Side, at: int) -> int:
+    """Of a place's first granule."""
+    return int(side.arenas.shadows[ARENA].view.view("<i8")[1 + place(at)[0]])
 
 
 class Pair:
@@ -138,10 +106,17 @@ class Pair:
     def __init__(self, directory: str, rows: tuple[Rows, Rows] = EXPECTED) -> None:
         self.board_segment = sharedmem.create(mailbox.nbytes(2), directory, "board")
         self.board = Board(self.board_segment)
-        self.sides = [Side(index, self.board, directory) for index in range(2)]
-        self.shares = [side.compiled(self.sides[1 - side.index], rows[side.index]) for side in self.sides]
+        self.sides = [Side(index, self.board, directory, SIZE * N_PLACES, shadow=True) for index in range(2)]
+        self.shares = [self._share(index, rows[index]) for index in range(2)]
         self.ours = [Mailbox.offer(self.board_segment, index) for index in range(2)]
         self.theirs = [Mailbox.attach(self.board_segment.path, index) for index in range(2)]
+
+    def _share(self, index: int, rows: Rows) -> Compiled:
+        inputs, outputs = PORTS[index]
+        peers = (self.sides[1 - index].lends(),)
+        message = m.ProgramMessage(PROGRAM, "test", 2, inputs, outputs, (), peers, False)
+        numbered = shadow_table([(*r[:7], k) for k, r in enumerate(rows)])
+        return self.sides[index].compile(message, [pack_ops([]), pack_instructions(INSTRUCTIONS[index]), numbered], 2)
 
     def step(self, index: int, way: str, step: int) -> None:
         """A worker's step. Raises Violation."""
@@ -174,9 +149,9 @@ def test_what_is_as_meant_raises_no_alarm(way: str, directory: str) -> None:
     pair = Pair(directory)
     for step in (1, 2, (1 << 32) + 3):
         pair.both(way, step)
-        assert pair.sides[TAKER].tag(3) == step << STEP_SHIFT | 4
+        assert tag_of(pair.sides[TAKER], 3) == step << STEP_SHIFT | 4
         assert bytes(pair.sides[TAKER].segment.view[3 * SIZE : 4 * SIZE]) == b"x" * SIZE
-    assert pair.sides[GIVER].tag(4) == -9
+    assert tag_of(pair.sides[GIVER], 4) == -9
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -205,7 +180,7 @@ def test_every_read_is_checked_at_its_place(worker: int, wrong: int, way: str, d
     marks = [r for r in EXPECTED[worker] if r[0] == Kind.MARK]
     for mark in marks:
         happened = mark[1] < group or (mark[1] == group and EXPECTED[worker].index(mark) < wrong)
-        assert (pair.sides[worker].tag(mark[3] // 2) != 0) == happened, mark
+        assert (tag_of(pair.sides[worker], mark[3] // 2) != 0) == happened, mark
     if worker == TAKER:
         taken = [transfer for transfer in range(2) if transfer + 1 < group]
         assert [t for t in range(2) if rang(pair.board.acknowledged(t), step)] == taken

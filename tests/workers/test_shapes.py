@@ -65,7 +65,7 @@ def test_valid_ops_run(arithmetic: str) -> None:
     assert survive(cases) == Counter(ran=len(cases), refused=0, outside=0)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.integers(0, 1 << 40), min_size=1, max_size=20), st.sampled_from(HERE))
 def test_spoilt_ops_are_refused_or_stay_inside(seeds: list[int], arithmetic: str) -> None:
     survive([mutated(seed, arithmetic) for seed in seeds])
