@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from protocol import sharedmem
-from protocol.doorbell import Doorbells
+from protocol.doorbell import Doorbells, Patience
 from protocol.features import has
 from protocol.limits import MAX_TRANSFERS, MAX_WORKERS
 
@@ -20,7 +20,6 @@ _CLOCK, _CLOCK_SET = 4, 8  # in each of them: virtual time in two words, and the
 _WORDS = _TRANSFERS + 2 * MAX_TRANSFERS * _LINE
 NBYTES = _WORDS * 4
 
-_SPINS = 200
 _NAP_S = 0.05
 
 
@@ -54,6 +53,7 @@ class Board:
         self._cells = self._words.data
         self._address = int(self._words.ctypes.data)
         self._bells = Doorbells(self._words) if has("futex") else None
+        self._patience = Patience()
 
     @classmethod
     def create(cls, directory: str) -> Board:
@@ -148,13 +148,10 @@ class Board:
 
     def _wait(self, word: int, step: int) -> None:
         cells, want = self._cells, step & 0xFFFFFFFF
-        for _ in range(_SPINS):
-            if cells[word] == want:
-                return
         nap = 20e-6
         while (seen := cells[word]) != want:
             if self._bells is not None:
-                self._bells.wait(word, seen, 0, _NAP_S)
+                self._bells.wait(word, seen, self._patience, _NAP_S)
             else:
                 time.sleep(nap)
                 nap = min(nap * 1.5, 1e-3)

@@ -2,12 +2,45 @@
 
 from __future__ import annotations
 
+import os
 from _thread import allocate_lock
+from time import perf_counter_ns
 
 import numpy as np
 import numpy.typing as npt
 
 from protocol.futex import Futex
+
+_LEAST, _MOST, _YIELD = 20, 5000, 20
+_SHORT_NS, _SLEEPS = 300_000, 1000
+
+
+class Patience:
+    """How often a waiter polls before it sleeps, learnt as in workers' compiled code (workers/kernels/team.py says why
+    each number is what it is; a poll takes twice as long here)."""
+
+    __slots__ = ("_sleeps", "polls")
+
+    def __init__(self) -> None:
+        self.polls = _LEAST
+        self._sleeps = 0
+
+    def helped(self, n: int) -> None:
+        """The value changed before poll number `n`."""
+        self.polls = max(min(2 * n, _MOST), self.polls - self.polls // 16, _LEAST)
+
+    def slept(self, ns: int) -> None:
+        """Polling was not enough, and so long a sleep followed."""
+        if ns >= _SHORT_NS or self._sleeps:
+            self.polls, self._sleeps = max(self.polls // 2, _LEAST), max(self._sleeps - 1, 0)
+        elif self.polls < _MOST:
+            self.polls = min(4 * self.polls, _MOST)
+        else:
+            self.lost()
+
+    def lost(self) -> None:
+        """Whoever is to ring has likely no processor because of us, or somebody else has ours: sleep many times."""
+        self.polls, self._sleeps = _LEAST, _SLEEPS
 
 
 class Doorbells:
@@ -32,16 +65,25 @@ class Doorbells:
         if cells[word + 1]:
             self._futex.wake(self._address + 4 * word)
 
-    def wait(self, word: int, seen: int, spins: int, timeout_s: float) -> bool:
+    def wait(self, word: int, seen: int, patience: Patience, timeout_s: float) -> bool:
         """Until the value is not `seen` any more, at most about that long; False when it still is.
 
-        A signal may end it early. It spins a little before it sleeps.
+        A signal may end it early. It polls for a while before it sleeps.
         """
         cells = self.cells
-        for _ in range(spins):
+        for n in range(patience.polls):
             if cells[word] != seen:
+                patience.helped(n)
                 return True
+            if n >= _LEAST and n % _YIELD == 0:
+                since = perf_counter_ns()
+                os.sched_yield()  # Linux has it, and only there is a futex
+                if perf_counter_ns() - since >= _SHORT_NS:
+                    patience.lost()
+                    break
+        since = perf_counter_ns()
         cells[word + 1] = 1
         self._futex.wait(self._address + 4 * word, seen, timeout_s)
         cells[word + 1] = 0
+        patience.slept(perf_counter_ns() - since)
         return cells[word] != seen

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from protocol import board, sharedmem
-from protocol.doorbell import Doorbells
+from protocol.doorbell import Doorbells, Patience
 from protocol.errors import ProtocolError, WorkerError
 from protocol.limits import MAX_FRAMES
 from protocol.messages import Done, Step
@@ -25,7 +25,6 @@ CAPACITY = BOX_NBYTES - DATA
 """Bytes of records that a box holds; what does not fit takes the socket."""
 
 _IN_USE = 0x584D4258
-_SPINS = 20
 _FRAMES, STEP, DONE = 0, 1, 2  # what a record's first frame is: a prelude, or the numbers of a message
 _HEAD = struct.Struct("<II")  # that, number of frames
 HEAD_NBYTES = _HEAD.size
@@ -140,6 +139,7 @@ class Reader(_Box):
     def __init__(self, segment: sharedmem.Segment, offset: int) -> None:
         super().__init__(segment, offset)
         self.taken = 0
+        self._patience = Patience()
 
     @property
     def waiting(self) -> bool:
@@ -152,9 +152,12 @@ class Reader(_Box):
         number = (self.taken + 1) % _MODULUS
         return self._cells[SLOTS + SLOT * (number % N_SLOTS)] == number
 
-    def wait(self, timeout_s: float) -> bool:
-        """Until there is a message, at most that long; False when there is none."""
-        return self._bells.wait(POSTED, self.taken, _SPINS, timeout_s)
+    def wait(self, timeout_s: float, patience: Patience | None = None) -> bool:
+        """Until there is a message, at most that long; False when there is none.
+
+        `patience` is what was learnt from messages like the one that is awaited.
+        """
+        return self._bells.wait(POSTED, self.taken, patience or self._patience, timeout_s)
 
     def take(self) -> Envelope:
         """The next message, which must be `inside`; its buffers are a copy.

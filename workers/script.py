@@ -76,6 +76,7 @@ def script_of(
     head[:6] = message.program, len(rows), len(message.inputs), n_outputs, received, n_last
     head[steps.CHECKS] = 0 if checks is None else checks.address
     head[steps.TIMES] = 0 if times is None else times.ctypes.data
+    head[steps.IDLE_SPINS] = team.LEAST_SPINS
     table = np.array(rows, np.int64).reshape(-1)
     block = np.concatenate([head, table, np.array(places, np.int64).reshape(-1)])
     return Script(block, int(block.ctypes.data), message.program, received, checks, times)
@@ -85,17 +86,17 @@ def _row(number: int, item: Instruction, arenas: Arenas, plane: SharedPlane, bui
     """ROW_WORDS words."""
     head, board = (int(item.kind), number, item.split), plane.board
     if item.kind is Kind.RUN:
-        return (*head, built.address, built.starts[item.first], built.starts[item.last], 0, 0)
+        return (*head, built.address, built.starts[item.first], built.starts[item.last], 0, 0, 0)
     if item.kind is Kind.SEND:
-        return (*head, board.published(item.transfer), 0, 0, 0, 0)
+        return (*head, board.published(item.transfer), 0, 0, 0, 0, 0)
     if item.kind is Kind.WAIT:
-        return (*head, board.acknowledged(item.transfer), 0, 0, 0, 0)
+        return (*head, board.acknowledged(item.transfer), 0, 0, 0, 0, team.LEAST_SPINS)
     target = arenas.address(item.arena) + item.offset
     if item.kind is Kind.COPY:
-        return (*head, 0, target, arenas.address(item.src[0]) + item.src[1], item.nbytes, 0)
+        return (*head, 0, target, arenas.address(item.src[0]) + item.src[1], item.nbytes, 0, 0)
     source = plane.mapped[item.peer, item.src[0]].address + item.src[1]
     bells = board.published(item.transfer), board.acknowledged(item.transfer)
-    return (*head, bells[0], target, source, item.nbytes, bells[1])
+    return (*head, bells[0], target, source, item.nbytes, bells[1], team.LEAST_SPINS)
 
 
 class Walker:
@@ -107,7 +108,6 @@ class Walker:
         self._address = int(self._block.ctypes.data)
         self._words[steps.LINE] = board.line(index)
         self._words[steps.THREADS], self._words[steps.TEAM], self._words[steps.TEAM_FUTEX] = executor.team
-        self._words[steps.SPINS] = self._words[steps.IDLE_SPINS] = team.LEAST_SPINS
         self._words[steps.NAP + 1], self._words[steps.IDLE_NAP] = _NAP_NS, _IDLE_NAP_S
         self._words[steps.BOX_DATA] = mailbox.DATA
 

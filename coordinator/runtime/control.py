@@ -9,6 +9,7 @@ from typing import Any
 
 import zmq
 
+from protocol.doorbell import Patience
 from protocol.mailbox import Mailbox, StepRecord
 from protocol.sharedmem import Segment
 from protocol.wire import Buffer, Envelope, decode, encode
@@ -53,17 +54,17 @@ class Control:
         """Through the socket: the handshake."""
         self.socket.send_multipart([self._identities[worker], *encode(message, buffers)])
 
-    def receive(self, awaited: Sequence[int]) -> tuple[int, Letter] | None:
+    def receive(self, awaited: Sequence[int], patience: Patience | None = None) -> tuple[int, Letter] | None:
         """A message of a worker, None when there is none within 20 ms; with mailboxes only from `awaited`.
 
-        It sleeps for the last of them: the others' answers wake nobody.
+        It polls, as often as `patience` says, and sleeps for the last of them: the others' answers wake nobody.
         """
         if not self._mailboxes:
             found = self._from_socket()
             return None if found is None else (found[0], partial(decode, found[1]))
         letter = self._letter(awaited)
         if letter is None:
-            self._mailboxes[awaited[-1]].reader.wait(_POLL_MS / 1e3)
+            self._mailboxes[awaited[-1]].reader.wait(_POLL_MS / 1e3, patience)
             letter = self._letter(awaited)
         return letter
 

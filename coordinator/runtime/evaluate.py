@@ -6,7 +6,7 @@ import time
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from coordinator.schedule.lower import Keep, Lowered, lower
 from coordinator.schedule.plan import Plan
 from coordinator.schedule.scheduler import Scheduler
 from protocol import messages as m
+from protocol.doorbell import Patience
 from protocol.errors import ProtocolError
 from protocol.mailbox import StepRecord
 from protocol.program import NOWHERE, Kind, pack_instructions, pack_ops
@@ -50,6 +51,7 @@ class Shipped:
     expectations: tuple[WorkerExpectations, ...] = ()  # of each worker, in strict ownership
     watched: Watched | None = None  # when tensors are looked at
     costs: Sequence[Sequence[Cost]] = ()  # of each worker's instructions, with a virtual clock
+    patience: Patience = field(default_factory=Patience)  # how long its answers are polled for
 
     @property
     def plan(self) -> Plan:
@@ -264,7 +266,7 @@ class Evaluator:
                 ports = shipped.lowered.programs[worker].inputs
                 buffers = [_raw(inputs[port.name]) if port.name in inputs else b"" for port in ports]
                 fleet.send(worker, m.Step(shipped.number, step), buffers)
-            return fleet.gather(shipped.awaited)
+            return fleet.gather(shipped.awaited, shipped.patience)
 
     def _program_at(self, step: int) -> Shipped:
         """The program that ran in a step, as strict ownership remembers."""

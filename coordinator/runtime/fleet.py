@@ -24,6 +24,7 @@ from coordinator.runtime.watch import Watch
 from protocol import mailbox, rundir, sharedmem, sockets
 from protocol import messages as m
 from protocol.board import NBYTES, Board, State
+from protocol.doorbell import Patience
 from protocol.errors import CrossdockError, ProtocolError, WorkerError
 from protocol.features import has
 from protocol.mailbox import StepRecord
@@ -222,23 +223,24 @@ class Fleet:
         """Something was left half done: the run has ended."""
         self._broken = self._broken or f"it was interrupted {_during(self.doing)}"
 
-    def gather(self, workers: Sequence[int]) -> Mapping[int, Envelope]:
+    def gather(self, workers: Sequence[int], patience: Patience | None = None) -> Mapping[int, Envelope]:
         """One answer from each of `workers`, the latest expected last, of the kind its request asks for. As `request`.
 
+        `patience` is what was learnt from the same request before.
         The first failure ends it, and the fleet: the others may wait for ever for the worker that failed.
         """
         with self.whole():
             try:
-                return self._gather(workers)
+                return self._gather(workers, patience)
             except CrossdockError as error:
                 self._broken = str(error)
                 raise
 
-    def _gather(self, workers: Sequence[int]) -> Mapping[int, Envelope]:
+    def _gather(self, workers: Sequence[int], patience: Patience | None) -> Mapping[int, Envelope]:
         missing = list(workers)
         answers: dict[int, Envelope] = {}
         while missing:
-            worker, letter = self._receive(missing, None)
+            worker, letter = self._receive(missing, None, patience)
             envelope = self._awaited.take(worker, letter)
             if worker not in missing:
                 raise ProtocolError(f"{self.topology.names[worker]}: answered twice, or to nothing")
@@ -246,11 +248,13 @@ class Fleet:
             answers[worker] = envelope
         return answers
 
-    def _receive(self, awaited: Sequence[int], deadline: float | None) -> tuple[int, Letter]:
+    def _receive(
+        self, awaited: Sequence[int], deadline: float | None, patience: Patience | None = None
+    ) -> tuple[int, Letter]:
         """The next message, while all workers live, somebody gets on, and the deadline has not passed."""
         watch = None
         reports = 0
-        while (found := self.control.receive(awaited)) is None:
+        while (found := self.control.receive(awaited, patience)) is None:
             self._check_alive()
             watch = watch or Watch(self.board, self.processes, awaited)
             if self._nursery is not None and self._nursery.n_reports != reports:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Final
 
-from coordinator.simulate.calibrate_room import AUX, WEIGHTS, Case, Room, chain, count_of
+from coordinator.simulate.calibrate_room import AUX, WEIGHTS, Case, Room, chain, count_of, scattered
 from coordinator.simulate.calibrate_values import of_values, value_by_value
 from protocol.dtypes import DType
 from protocol.ops import Op
@@ -83,9 +83,10 @@ def _product(room: Room, dtype: DType, shape: tuple[int, int, int], count: int =
     k, n, m = shape
     size = -(-dtype.row_nbytes(k) * n // _ALIGNMENT) * _ALIGNMENT
     slots = max(1, (room.cold_nbytes if missed else HOT_NBYTES) // size)
+    places = scattered(slots)
 
     def make(i: int, x: int, y: int) -> OpRecord:
-        weights = room.operand(i % slots * size + WEIGHTS, dtype, k, n)
+        weights = room.operand(places[i % slots] * size + WEIGHTS, dtype, k, n)
         out, columns = room.operand(y, DType.F32, n, m), room.operand(x, DType.F32, k, m)
         return OpRecord(i, Op.MUL_MAT, (), out, (weights, columns))
 
@@ -111,13 +112,14 @@ def _attend(room: Room, dtype: DType, shape: tuple[int, int, int, int, int], col
     row = dtype.row_nbytes(d)
     size = row * kv_heads * keys
     slots = max(1, (room.cold_nbytes if cold else HOT_NBYTES) // (2 * size))
+    places = scattered(slots)
 
     def cache(at: int) -> OperandRef:
         nb = (dtype.block_nbytes, row * kv_heads, row, row * kv_heads * keys)
         return OperandRef(room.arena, at, dtype, (d, keys, kv_heads, 1), nb)
 
     def make(i: int, x: int, y: int) -> OpRecord:
-        k = WEIGHTS + i % slots * 2 * size
+        k = WEIGHTS + places[i % slots] * 2 * size
         q = OperandRef(room.arena, x, DType.F32, (d, rows, heads, 1), (4, 4 * d * heads, 4 * d, 4 * d * heads * rows))
         mask = room.operand(AUX, DType.F16, keys, rows)
         out = room.operand(y, DType.F32, d, heads, rows)

@@ -122,21 +122,29 @@ def layers(room: Room, shape: Shape, nbytes: int) -> tuple[OpRecord, ...]:
 
 
 class _Layer:
-    """One layer under construction: where its next weights lie."""
+    """One layer under construction: where its weights lie, in the order of files, and behind them its caches."""
 
     def __init__(self, room: Room, shape: Shape, at: int, number: int) -> None:
         self.room, self.shape, self.at, self.number = room, shape, at, number
         self.slots = 1  # slot 0 is the residual stream
+        s, kv = shape, shape.kv_heads * shape.d
+        matrices = {
+            "down": (s.inner, s.width), "gate": (s.width, s.inner), "up": (s.width, s.inner),
+            "k": (s.width, kv), "o": (s.heads * s.d, s.width), "q": (s.width, s.heads * s.d), "v": (s.width, kv),
+        }  # fmt: skip
+        norms = {"attn_norm": (s.width,), "ffn_norm": (s.width,)}
+        self.weights = {name: self.placed(s.dtype, *ne) for name, ne in matrices.items()}
+        self.weights |= {name: self.placed(DType.F32, *ne) for name, ne in norms.items()}
 
     def ops(self) -> Iterator[OpRecord]:
         """As a llama's layer for one token; each result in a place of its own."""
         s, stream = self.shape, self.room.operand(0, DType.F32, self.shape.width)
         kv = s.kv_heads * s.d
-        x, *made = self.normed(stream)
+        x, *made = self.normed(stream, "attn_norm")
         yield from made
         q, k, v = (self.value(n) for n in (s.heads * s.d, kv, kv))
-        for out in (q, k, v):
-            yield self.product(x, out)
+        for name, out in (("q", q), ("k", k), ("v", v)):
+            yield self.product(name, x, out)
         q2, k2 = self.value(s.d, s.heads), self.value(s.d, s.kv_heads)
         yield self.rope(q, q2)
         yield self.rope(k, k2)
@@ -150,35 +158,34 @@ class _Layer:
         mask = self.room.operand(AUX, DType.F16, s.keys)
         yield self.op(Op.FLASH_ATTN_EXT, a, head, keys, values, mask, params=(s.d**-0.5, 0.0, 0.0, 0))
         o, h = self.value(s.width), self.value(s.width)
-        yield self.product(_reshaped(a, s.heads * s.d), o)
+        yield self.product("o", _reshaped(a, s.heads * s.d), o)
         yield self.op(Op.ADD, h, o, stream)
-        x, *made = self.normed(h)
+        x, *made = self.normed(h, "ffn_norm")
         yield from made
         gate, up, both = (self.value(s.inner) for _ in range(3))
-        yield self.product(x, gate)
-        yield self.product(x, up)
+        yield self.product("gate", x, gate)
+        yield self.product("up", x, up)
         yield self.op(Op.GLU, both, gate, up, params=(int(GluOp.SWIGLU), 0))
         down = self.value(s.width)
-        yield self.product(both, down)
+        yield self.product("down", both, down)
         yield self.op(Op.ADD, stream, down, h)
 
-    def normed(self, x: OperandRef) -> tuple[OperandRef, OpRecord, OpRecord]:
+    def normed(self, x: OperandRef, name: str) -> tuple[OperandRef, OpRecord, OpRecord]:
         """A norm and its weights: the result, and the two operations."""
-        n = x.ne[0]
-        a, b = self.value(n), self.value(n)
-        return b, self.op(Op.RMS_NORM, a, x, params=(1e-5,)), self.op(Op.MUL, b, a, self.weights(DType.F32, n))
+        a, b = self.value(x.ne[0]), self.value(x.ne[0])
+        return b, self.op(Op.RMS_NORM, a, x, params=(1e-5,)), self.op(Op.MUL, b, a, self.weights[name])
 
     def value(self, *ne: int) -> OperandRef:
         self.slots += 1
         return self.room.operand((self.slots - 1) * _SLOT, DType.F32, *ne)
 
-    def weights(self, dtype: DType, *ne: int) -> OperandRef:
+    def placed(self, dtype: DType, *ne: int) -> OperandRef:
         found = self.room.operand(self.at, dtype, *ne)
         self.at += -(-found.span // _ALIGNMENT) * _ALIGNMENT
         return found
 
-    def product(self, x: OperandRef, out: OperandRef) -> OpRecord:
-        return self.op(Op.MUL_MAT, out, self.weights(self.shape.dtype, x.ne[0], out.ne[0]), x)
+    def product(self, name: str, x: OperandRef, out: OperandRef) -> OpRecord:
+        return self.op(Op.MUL_MAT, out, self.weights[name], x)
 
     def rope(self, x: OperandRef, out: OperandRef) -> OpRecord:
         params = (0, self.shape.d, 0, 0, 8192, 100000.0, 1.0, 0.0, 1.0, 32.0, 1.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from random import Random
 from typing import Final
 
 import numpy as np
@@ -77,6 +78,17 @@ def chain(name: str, count: int, make: Callable[[int, int, int], OpRecord], miss
     """`count` ops; `make` gets a number and the offsets of input and output."""
     ops = tuple(make(i, *((PING, PONG) if i % 2 == 0 else (PONG, PING))) for i in range(count))
     return Case(name, ops, missed)
+
+
+def scattered(n: int) -> list[int]:
+    """0 to n - 1, in an order that no prefetcher expects.
+
+    A model's products read matrices that do not follow each other in memory: files have a layer's tensors by name.
+    Read one behind the other, weights came a tenth faster here than a model's ever do.
+    """
+    order = list(range(n))
+    Random(n).shuffle(order)
+    return order
 
 
 def count_of(guess_s: float) -> int:

@@ -32,7 +32,6 @@ from workers.kernels.steps import (
     THIS_STEP,
     TOTAL,
     begin,
-    clock_ns,
     get_back,
     meets,
     memmove,
@@ -43,7 +42,7 @@ from workers.kernels.steps import (
     wake,
     word32,
 )
-from workers.kernels.team import poll, store_i32
+from workers.kernels.team import now_ns, poll, store_i32
 
 # Why `serve` returns
 MESSAGE = 0  # there is another message, or none for long
@@ -160,8 +159,8 @@ def serve(control: int, program: int) -> int:
         taken = load_i64(control + 8 * N_TAKEN)
         bell = box + 4 * POSTED
         if word32(bell) == taken:
-            if not poll(bell, signed(taken), control + 8 * IDLE_SPINS):
-                sleep(bell, signed(taken), control + 8 * IDLE_NAP)
+            if not poll(bell, signed(taken), program + 8 * IDLE_SPINS):
+                sleep(bell, signed(taken), program + 8 * IDLE_SPINS, control + 8 * IDLE_NAP)
             continue
         if lent:
             get_back(control, program, signed(step))
@@ -188,7 +187,7 @@ def serve(control: int, program: int) -> int:
             return VIOLATED
         lent = True
         put32(load_i64(control + 8 * LINE) + 12, IDLE)
-        store_i64(control + 8 * TOTAL, clock_ns(control) - begun)
+        store_i64(control + 8 * TOTAL, now_ns() - begun)
         if not _answer(control, program, step):
             get_back(control, program, signed(step))
             return FULL

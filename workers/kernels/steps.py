@@ -14,13 +14,12 @@ from workers.kernels.jit import ir, njit, types
 from workers.kernels.shadow import MEET
 from workers.kernels.simd import load_i64, make, store_i64
 from workers.kernels.stage import entry
-from workers.kernels.team import FUTEX_NUMBER, load_i32, poll, store_i32, syscall, work
+from workers.kernels.team import FUTEX_NUMBER, load_i32, now_ns, poll, slept, store_i32, syscall, work
 
 # Words of 64 bits in a worker's control block, and in it
 LINE = 0  # address of its line of progress on the board
 THREADS, TEAM, TEAM_FUTEX = 1, 2, 3  # the team's number of threads, control block, and futex or 0
-SPINS, IDLE_SPINS = 4, 20  # polls before it sleeps: for a peer, for the coordinator
-NOW, NAP, IDLE_NAP = 5, 7, 21  # timespecs: room for one; how long it sleeps at most for a peer, for the coordinator
+NAP, IDLE_NAP = 7, 21  # timespecs: how long it sleeps at most for a peer, for the coordinator
 TOTAL, SPENT = 9, 10  # out: nanoseconds of the last step; in computing, waiting and copying
 REQUESTS, ANSWERS = 13, 14  # addresses of the mailbox's boxes, which the worker reads and writes
 BOX_DATA = 15  # bytes from a box's address to its records
@@ -32,11 +31,13 @@ CONTROL_WORDS = 32
 NUMBER, N_ROWS, N_INPUTS, N_OUTPUTS, RECEIVED, N_LAST = 0, 1, 2, 3, 4, 5  # N_LAST: how many of the rows are last WAITs
 CHECKS = 6  # address of strict ownership's block of checks (kernels/shadow.py), 0 without
 TIMES = 7  # address of a table (protocol/timing.py) of when each row began and ended, and the step; 0: nobody asks
-ROWS = 8
+IDLE_SPINS = 8  # polls before it sleeps until the next step
+ROWS = 9
 
-# Words of a row: what it does, its number and split for the board, and addresses
-KIND, INDEX, SPLIT, WORD, TARGET, SOURCE, SIZE, ACKNOWLEDGED = 0, 1, 2, 3, 4, 5, 6, 7
-ROW_WORDS = 8
+# Words of a row: what it does, its number and split for the board, addresses, and polls before it sleeps: each wait of
+# a program takes about as long in each step
+KIND, INDEX, SPLIT, WORD, TARGET, SOURCE, SIZE, ACKNOWLEDGED, SPINS = 0, 1, 2, 3, 4, 5, 6, 7, 8
+ROW_WORDS = 9
 PLACE_WORDS = 2  # of an input or output: address, bytes
 
 _RUN, _COPY, _SEND, _RECV, _WAIT = (int(kind) for kind in (Kind.RUN, Kind.COPY, Kind.SEND, Kind.RECV, Kind.WAIT))
@@ -47,7 +48,6 @@ _COMPUTE, _WAITED, _COPIED = 0, 1, 2  # of SPENT
 ROW_NBYTES = 8 * ROW_WORDS
 
 _LONG = types.int64
-_clock_gettime = types.ExternalFunction("clock_gettime", types.int32(types.int32, _LONG))
 put32 = make(types.void, _LONG, _LONG)(
     lambda b, where, value: b.store_atomic(b.trunc(value, I32), b.inttoptr(where, I32.as_pointer()), "release", 4)
 )
@@ -56,13 +56,6 @@ memmove = types.ExternalFunction("memmove", _LONG(_LONG, _LONG, _LONG))
 _MEET = ir.FunctionType(I64, [I64] * 4)
 _meet = make(_LONG, *[_LONG] * 5)(lambda b, function, *args: b.call(b.inttoptr(function, _MEET.as_pointer()), args))
 """_meet(function, checks, first group, last group, step): call kernels/shadow.py's function at an address."""
-
-
-@njit(**INNER)
-def clock_ns(control: int) -> int:
-    """Nanoseconds of the monotonic clock."""
-    _clock_gettime(1, control + 8 * NOW)
-    return load_i64(control + 8 * NOW) * 1_000_000_000 + load_i64(control + 8 * NOW + 8)
 
 
 @njit(**INNER)
@@ -85,23 +78,26 @@ def wake(word: int) -> None:
 
 
 @njit(**INNER)
-def sleep(word: int, seen: int, at_most: int) -> None:
-    """Until a doorbell's value is not `seen`, or for a time: the address of a timespec."""
+def sleep(word: int, seen: int, spins: int, at_most: int) -> None:
+    """Until a doorbell's value is not `seen`, or for a time: the address of a timespec. `spins` as for `poll`."""
+    since = now_ns()
     store_i32(word + 4, 1)
     syscall(_FUTEX, word, _FUTEX_WAIT, seen, at_most, 0, 0)
     store_i32(word + 4, 0)
+    slept(spins, now_ns() - since)
 
 
 @njit(**INNER)
-def await_value(control: int, word: int, value: int) -> None:
-    """Return when the doorbell has this value: polls a little, then sleeps."""
+def await_value(control: int, row: int, value: int) -> None:
+    """Return when the row's doorbell has this value: polls for a while, then sleeps."""
+    word = load_i64(row + 8 * WORD)
     while True:
         seen = load_i32(word)
         if seen == value:
             return
-        if poll(word, seen, control + 8 * SPINS):
+        if poll(word, seen, row + 8 * SPINS):
             continue
-        sleep(word, seen, control + 8 * NAP)
+        sleep(word, seen, row + 8 * SPINS, control + 8 * NAP)
 
 
 @njit(**INNER)
@@ -117,22 +113,23 @@ def is_past(word: int, value: int) -> bool:
 
 
 @njit(**INNER)
-def await_past(control: int, word: int, value: int) -> None:
-    """Return when the doorbell has this value, or a later one: polls a little, then sleeps."""
+def await_past(control: int, row: int, value: int) -> None:
+    """Return when the row's doorbell has this value, or a later one: polls for a while, then sleeps."""
+    word = load_i64(row + 8 * WORD)
     while not is_past(word, value):
         seen = load_i32(word)
         if signed(seen - value) >= 0:
             return
-        if poll(word, seen, control + 8 * SPINS):
+        if poll(word, seen, row + 8 * SPINS):
             continue
-        sleep(word, seen, control + 8 * NAP)
+        sleep(word, seen, row + 8 * SPINS, control + 8 * NAP)
 
 
 @njit(**INNER)
 def _note(control: int, times: int, row: int, end: int) -> None:
     """Note when a row began (`end` 0) or ended (1), where somebody asks for it."""
     if times != 0:
-        store_i64(times + 8 * (TIME_WORDS * row + end), clock_ns(control))
+        store_i64(times + 8 * (TIME_WORDS * row + end), now_ns())
 
 
 @njit(**INNER)
@@ -184,14 +181,14 @@ def run_rows(control: int, program: int, full_step: int, n_rows: int) -> bool:
     owed = row  # RECVs from here on were not acknowledged
     phase = _COPIED
     fine = True
-    before = clock_ns(control)
+    before = now_ns()
     put32(line, full_step & 0xFFFFFFFF)
     _note(control, times, n_rows, 0)
     while row < end:
         kind = load_i64(row + 8 * KIND)
         now_in = _COMPUTE if kind == _RUN else (_COPIED if kind in (_COPY, _SEND) else _WAITED)
         if now_in != phase:
-            now = clock_ns(control)
+            now = now_ns()
             spent = control + 8 * (SPENT + phase)
             store_i64(spent, load_i64(spent) + now - before)
             phase, before = now_in, now
@@ -229,8 +226,8 @@ def run_rows(control: int, program: int, full_step: int, n_rows: int) -> bool:
             if not is_value(word, step):
                 _acknowledge(owed, row, step)
                 owed = row
-                await_value(control, load_i64(_latest(row, end, step) + 8 * WORD), step)
-                await_value(control, word, step)
+                await_value(control, _latest(row, end, step), step)
+                await_value(control, row, step)
             if kind == _RECV:
                 memmove(target, source, size)
                 if not meets(checks, group, group + 1, full_step):
@@ -244,7 +241,7 @@ def run_rows(control: int, program: int, full_step: int, n_rows: int) -> bool:
         fine = meets(checks, group, group + rest + 1, full_step)
     _note(control, times, n_rows, 1)
     spent = control + 8 * (SPENT + phase)
-    store_i64(spent, load_i64(spent) + clock_ns(control) - before)
+    store_i64(spent, load_i64(spent) + now_ns() - before)
     return fine
 
 
@@ -253,7 +250,7 @@ def begin(control: int) -> int:
     """A step begins: nothing was spent yet. When."""
     for k in range(3):
         store_i64(control + 8 * (SPENT + k), 0)
-    return clock_ns(control)
+    return now_ns()
 
 
 @entry(3)
@@ -270,8 +267,8 @@ def get_back(control: int, program: int, step: int) -> None:
     n = load_i64(program + 8 * N_ROWS)
     first = program + 8 * ROWS
     for k in range(n - load_i64(program + 8 * N_LAST), n):
-        word = load_i64(first + ROW_NBYTES * k + 8 * WORD)
-        if not is_past(word, step):
+        row = first + ROW_NBYTES * k
+        if not is_past(load_i64(row + 8 * WORD), step):
             put32(load_i64(control + 8 * LINE) + 12, _WAITING)
-            await_past(control, word, step)
+            await_past(control, row, step)
     put32(load_i64(control + 8 * LINE) + 12, IDLE)

@@ -8,7 +8,7 @@ import sys
 from workers.kernels import row
 from workers.kernels.access import INNER
 from workers.kernels.emit import I32, I64, call
-from workers.kernels.jit import ir, njit, types
+from workers.kernels.jit import cgutils, ir, njit, types
 from workers.kernels.simd import load_i64, make, store_i64
 from workers.kernels.stage import entry
 
@@ -26,19 +26,27 @@ ARRIVED = 16  # threads that reached the barrier
 PHASE = 32  # counts barriers; the futex that waiting threads sleep on
 ASLEEP = 33  # threads asleep on PHASE
 TABLE, FIRST, LAST = 48, 50, 52  # the job: address and row range, 64 bits each
-JOB_SPINS, PHASE_SPINS = 64, 65  # polls before a thread sleeps on JOB and PHASE
+JOB_SPINS, PHASE_SPINS = 64, 66  # polls before a thread sleeps on JOB and PHASE; two words each (see `slept`)
 CONTROL_WORDS = 80
 
-LEAST_SPINS, MOST_SPINS = 50, 2000
-"""Polls before a thread sleeps: one to some ten microseconds, longer than most ops, far shorter than a scheduler's
-slice. Where polling was in vain, because somebody else has the processor that would ring, it soon takes least."""
+LEAST_SPINS, MOST_SPINS = 50, 10_000
+"""Polls before a thread sleeps: for a microsecond, and for some hundred. To wake a sleeper up takes some ten, on either
+side, in a virtual machine; and while both sides sleep each waits for the other's waking up as well."""
+
+YIELD = 50
+"""Polls after which somebody else may have the processor: perhaps whoever is to ring."""
+
+SHORT_NS, SLEEPS = 300_000, 1000
+"""A thread that slept for less had better polled on; and as often it sleeps before it tries anew what did not help."""
 
 NAP_US = 50
 """Sleep between polls where there is no futex."""
 
 _WAIT, _WAKE = 128, 129  # FUTEX_WAIT, FUTEX_WAKE, private to the process
 
+_TIMESPEC = ir.ArrayType(I64, 2)
 syscall = types.ExternalFunction("syscall", _LONG(_LONG, _LONG, _LONG, _LONG, _LONG, _LONG, _LONG))
+_sched_yield = types.ExternalFunction("sched_yield", types.int32())
 _usleep = types.ExternalFunction("usleep", types.int32(types.uint32))
 
 
@@ -64,6 +72,14 @@ def _emit_call(b: ir.IRBuilder, kernel: ir.Value, *args: ir.Value) -> None:
     b.call(b.inttoptr(kernel, kind.as_pointer()), args)
 
 
+def _emit_clock(b: ir.IRBuilder) -> ir.Value:
+    with b.goto_entry_block():
+        time = b.alloca(_TIMESPEC)
+    kind = ir.FunctionType(I32, [I32, I64])
+    b.call(cgutils.get_or_insert_function(b.module, kind, "clock_gettime"), [I32(1), b.ptrtoint(time, I64)])
+    return b.add(b.mul(b.extract_value(b.load(time), 0), I64(10**9)), b.extract_value(b.load(time), 1))
+
+
 load_i32 = make(_LONG, _LONG)(lambda b, where: b.sext(b.load_atomic(_pointer(b, where), "acquire", 4), I64))
 """load_i32(address): 32 bits, with acquire order."""
 store_i32 = make(types.void, _LONG, _LONG)(_emit_store)
@@ -72,6 +88,8 @@ add_i32 = make(_LONG, _LONG, _LONG)(_emit_add)
 """add_i32(address, value): add to 32 bits atomically; what was there before."""
 pause = make(types.void)(_emit_pause)
 """Tell the core that this thread is polling."""
+now_ns = make(_LONG)(_emit_clock)
+"""now_ns(): nanoseconds of the monotonic clock."""
 call_kernel = make(types.void, *[_LONG] * 4)(_emit_call)
 """call_kernel(kernel, row, ith, nth): call the kernel at an address."""
 
@@ -96,26 +114,54 @@ def _wake(address: int, sleepers: int, futex: int) -> None:
 
 
 @njit(**INNER)
-def poll(address: int, seen: int, spins: int) -> bool:
-    """Poll for a while; True when the word at `address` is no longer `seen`. How long is learnt, at address `spins`.
+def _lost(spins: int) -> None:
+    """Polling does harm: whoever is to ring has no processor because of it, or somebody else has ours."""
+    store_i32(spins, LEAST_SPINS)
+    store_i32(spins + 4, SLEEPS)
 
-    It grows slowly while polling helps and is halved when it does not. Several threads may share what they learn.
+
+@njit(**INNER)
+def poll(address: int, seen: int, spins: int) -> bool:
+    """Poll for a while; True when the word at `address` is no longer `seen`.
+
+    How often is learnt, in two words at `spins`, here and in `slept`: about twice as often as it took last. Several
+    threads may share what they learn.
     """
     limit = load_i32(spins)
-    for _ in range(limit):
+    for n in range(limit):
         if load_i32(address) != seen:
-            store_i32(spins, min(limit + limit // 8, MOST_SPINS))
+            store_i32(spins, max(min(2 * n, MOST_SPINS), limit - limit // 16, LEAST_SPINS))
             return True
+        if n >= LEAST_SPINS and n % YIELD == 0:
+            since = now_ns()
+            _sched_yield()
+            if now_ns() - since >= SHORT_NS:  # to somebody who has much to do, but who would stop for one who slept
+                _lost(spins)
+                break
         pause()
-    store_i32(spins, max(limit // 2, LEAST_SPINS))
     return load_i32(address) != seen
+
+
+@njit(**INNER)
+def slept(spins: int, ns: int) -> None:
+    """Polling was not enough, and so long a sleep followed it: poll longer next time, if that had spared it."""
+    limit, sleeps = load_i32(spins), load_i32(spins + 4)
+    if ns >= SHORT_NS or sleeps > 0:
+        store_i32(spins, max(limit // 2, LEAST_SPINS))
+        store_i32(spins + 4, max(sleeps - 1, 0))
+    elif limit < MOST_SPINS:
+        store_i32(spins, min(4 * limit, MOST_SPINS))
+    else:
+        _lost(spins)
 
 
 @njit(**INNER)
 def _await_change(address: int, seen: int, sleepers: int, futex: int, spins: int) -> None:
     """Poll for a while, then sleep, until the word at `address` is no longer `seen`."""
     if not poll(address, seen, spins):
+        since = now_ns()
         _sleep(address, seen, sleepers, futex)
+        slept(spins, now_ns() - since)
 
 
 @njit(**INNER)
