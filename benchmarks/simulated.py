@@ -47,8 +47,8 @@ ROUNDS, STEPS = 5, 30
 """How often everything is measured, and decode steps of a placement each time, at least."""
 STEPS_S, FURTHER_S = 0.5, 0.15
 """And for so long: what is short would else be taken in one moment, which may be a neighbour's."""
-IN_A_ROW = 5
-"""Steps of a program that count, behind one that does not."""
+SETTLING, IN_A_ROW = 5, 20
+"""Steps of a program that do not count, and that do: who has just run another one is not yet where tokens find it."""
 EFFORT, BETWEEN = Effort(3, 4, quick=True), 5
 """A calibration, and before how many placements."""
 LONG_S = 20e-6
@@ -137,15 +137,15 @@ def _measure(placement: Placement, file: Path, rounds: int) -> Seen:
         noting = Evaluator(fleet, session.memory, session.schedulers, stopwatch=watch)
         for _ in _again(rounds // IN_A_ROW, STEPS_S):
             session.evaluator = plain
-            for number in range(1 + IN_A_ROW):
+            for number in range(SETTLING + IN_A_ROW):
                 timed, shipped = _timed(lambda: _decode(session))
-                if number:  # a worker that has just run another program is not yet where tokens find it
+                if number >= SETTLING:
                     seen.take(timed)
             session.evaluator = noting
-            for number in range(1 + IN_A_ROW):
+            for number in range(SETTLING + IN_A_ROW):
                 _decode(session)
                 times = watch.taken.pop().times
-                if number:
+                if number >= SETTLING:
                     seen.note(session, shipped, times)
         graphs = {"a prompt": lambda: _prompt(session)}
         if images:

@@ -35,7 +35,7 @@ from coordinator.simulate.calibrate_fit import Sample, errors, fit_costs, fit_mi
 from coordinator.simulate.calibrate_room import Room
 from coordinator.simulate.calibrate_write import Calibration, Link, network_text, system_text
 from coordinator.simulate.hardware import Cost, Toll
-from coordinator.simulate.work import OUTPUT
+from coordinator.simulate.work import DIGEST, OUTPUT
 from protocol.errors import UsageError
 
 CHAIN: Final = "cpu:1,accel:2"
@@ -123,6 +123,7 @@ def fitted(raw: Raw, threads: int, effort: Effort, room: Room | None = None) -> 
     mixed = fit_mixed(mixtures_of(room, raw.ops, first.base_s), costs, samples)
     shared, messages = (fit_steps(of, costs, mixed) for of in (raw.steps, raw.messages))
     costs[OUTPUT] = Cost(byte_s=shared.output_byte_s)
+    costs[DIGEST] = Cost(shared.digest_s, byte_s=shared.digest_byte_s)
     return Measured(samples, costs, mixed, middle_noise(raw.ops), shared, messages, threads, cache_nbytes())
 
 

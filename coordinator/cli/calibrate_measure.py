@@ -32,8 +32,12 @@ INPUT_NBYTES: Final = (4, 4, 8, 8, 512, 4)
 RESULT_NBYTES: Final = 4096
 HOP_NBYTES: Final = (512, 64 << 10, 1 << 20, 8 << 20)
 OUTPUT_NBYTES: Final = (512, 64 << 10, 512 << 10)
+DIGEST_NBYTES: Final = (4 << 10, 64 << 10, 1 << 20)
 _HOPS_OF_A_SIZE: Final = 4
 _IN_A_ROW: Final = 4
+_SETTLING, _SETTLED = 8, 16
+"""Short steps in a row that do not count, and that do: a coordinator and workers that have just run another program
+find neither their code in the cache nor each other awake, and steps of a model follow each other."""
 _NOTED: Final = {"first": 0, "split": 3}
 """Runs of one op in a chain from worker 2 to 0 and back: worker 2 has RUN, SEND, RECV, RUN, WAIT and RUN."""
 _AFTER: Final = "after a sweep"
@@ -67,7 +71,7 @@ class Steps:
     `step` with one worker, `further` for each further one, `first` run of ops of a worker and each later `split`,
     `wake` of a worker that waited and `each` transfer that it then takes. `byte_s` are seconds of each transferred
     byte, `output_byte_s` of each that goes back to the coordinator, measured behind sweeps: long outputs are those of
-    large models.
+    large models. `digest_s` and `digest_byte_s` are seconds of a hash and of each byte of it.
     """
 
     step: Toll
@@ -78,6 +82,8 @@ class Steps:
     each: Toll
     byte_s: float
     output_byte_s: float
+    digest_s: float
+    digest_byte_s: float
     noise: float
 
 
@@ -181,8 +187,10 @@ class Chains:
         for number in range(rounds):
             progress(f"steps, round {number + 1} of {rounds}")
             for name, program in self._programs.items():
-                program.run()  # the one before it may have emptied the cache
-                for _ in range(_IN_A_ROW):
+                is_long = name.endswith(_AFTER) or name.startswith("output")
+                for _ in range(1 if is_long else _SETTLING):  # the one before it may have emptied the cache
+                    program.run()
+                for _ in range(_IN_A_ROW if is_long else _SETTLED):
                     seconds[name].append(program.timed().outside_s)
             for after, program in self._noted.items():
                 program.noted(2, ())
@@ -197,10 +205,14 @@ def fit_steps(seconds: Samples, costs: Mapping[str, Cost], mixed: Toll = FREE) -
     outside = {name: typical(values) for name, values in seconds.items()}
     _, byte_s = line([(nbytes * _HOPS_OF_A_SIZE, outside[f"bytes {nbytes}"]) for nbytes in HOP_NBYTES])
     _, output_s = line([(nbytes, outside[f"output {nbytes}"]) for nbytes in OUTPUT_NBYTES])
+    hashed_s, digest_byte_s = line([(nbytes, outside[f"digest {nbytes}"]) for nbytes in DIGEST_NBYTES])
+    digest_s = max(0.0, hashed_s - outside["alone"])
     warm, cold = _prices(outside, HOPS, ""), _prices(outside, HOPS_AFTER, f" {_AFTER}")
     step, further, wake, each = (Toll(a, max(0.0, b - a)) for a, b in zip(warm, cold, strict=True))
     first, split = (_toll(name, outside, costs, mixed) for name in _NOTED)
-    return Steps(step, further, first, split, wake, each, byte_s, output_s, middle_noise(seconds))
+    return Steps(
+        step, further, first, split, wake, each, byte_s, output_s, digest_s, digest_byte_s, middle_noise(seconds)
+    )
 
 
 def _toll(name: str, outside: Mapping[str, float], costs: Mapping[str, Cost], mixed: Toll) -> Toll:
@@ -242,6 +254,9 @@ def _programs(rig: Rig, room: Room) -> dict[str, Loaded]:
     for nbytes in HOP_NBYTES:
         order = [(2, 0)[i % 2] for i in range(_HOPS_OF_A_SIZE + 1)]
         found[f"bytes {nbytes}"] = rig.ship("bytes", chain([brief] * len(order), order, nbytes))
+    for nbytes in DIGEST_NBYTES:
+        port = Port("hashed", Rig.ARENA, 0, nbytes)
+        found[f"digest {nbytes}"] = rig.ship("digest", {2: replace(_with_ports(_busy(room)), digests=(port,))})
     for nbytes in OUTPUT_NBYTES:
         found[f"output {nbytes}"] = rig.ship("output", {2: _with_ports(_sweep(room), nbytes)})
     return found

@@ -36,6 +36,7 @@ class Share:
     instructions: Sequence[Instruction] = ()
     inputs: tuple[m.Port, ...] = ()
     outputs: tuple[m.Port, ...] = ()
+    digests: tuple[m.Port, ...] = ()
 
     @property
     def program(self) -> Sequence[Instruction]:
@@ -94,7 +95,9 @@ class Rig:
         """
         programs = [WorkerProgram((), (), (), (), ())] * len(self.sizes)
         for worker, share in shares.items():
-            programs[worker] = WorkerProgram(tuple(share.ops), tuple(share.program), share.inputs, share.outputs, ())
+            programs[worker] = WorkerProgram(
+                tuple(share.ops), tuple(share.program), share.inputs, share.outputs, share.digests
+            )
         n_transfers = sum(item.kind is Kind.SEND for program in programs for item in program.instructions)
         # There is no graph behind them: whoever ships and runs programs does not ask for plans and transfers.
         lowered = Lowered(cast(Plan, None), tuple(programs), (cast(Transfer, None),) * n_transfers)

@@ -16,8 +16,8 @@ CLASSES: Final = ("nvidia", "nvidia-old", "amd", "apple", "intel", "cpu")
 FAMILIES: Final = ("f32", "f16", "quant")
 """Families of weight types that matrix rates are given for; BF16 counts as F16."""
 
-PLAIN: Final = ("COPY", "OUTPUT")
-"""What has a cost as ops have, but is none: a copy between tensors, a result on its way into a reply."""
+PLAIN: Final = ("COPY", "OUTPUT", "DIGEST")
+"""What has a cost as ops have, but is none: a copy between tensors, a result on its way into a reply, or its hash."""
 
 GEMM_ROWS: Final = 16
 """From this many columns on a product is computed as matrix times matrix; below, column by column."""

@@ -11,7 +11,7 @@ from coordinator.schedule.residents import Key
 from coordinator.simulate.fabric import Fabric
 from coordinator.simulate.hardware import DeviceModel, Work
 from coordinator.simulate.timed import Act, Do, Hop, Timed
-from coordinator.simulate.work import OUTPUT, copy_work, output_work, weight_footprint, work_of
+from coordinator.simulate.work import DIGEST, OUTPUT, copy_work, digest_work, output_work, weight_footprint, work_of
 from protocol.errors import UsageError
 from protocol.ops import Usage
 from protocol.program import Kind
@@ -126,10 +126,11 @@ class _Timing:
         return acts
 
     def _replies(self, worker: int) -> list[Act]:
-        """Putting outputs into the reply, where that was measured."""
-        cost, split = self.models[worker].costs.get(OUTPUT), len(self.lowered.plan.splits)
-        ports = self.lowered.programs[worker].outputs if cost is not None else ()
-        return [Act(Do.COPY, self._seconds(worker, output_work(port.nbytes)), -1, split) for port in ports]
+        """Putting outputs and hashes into the reply, where that was measured."""
+        costs, program = self.models[worker].costs, self.lowered.programs[worker]
+        works = [output_work(port.nbytes) for port in program.outputs if OUTPUT in costs]
+        works += [digest_work(port.nbytes) for port in program.digests if DIGEST in costs]
+        return [Act(Do.COPY, self._seconds(worker, work), -1, len(self.lowered.plan.splits)) for work in works]
 
     def _hop(self, transfer: Transfer) -> Hop:
         number = self._route(transfer.source, transfer.target)

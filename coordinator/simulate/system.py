@@ -13,7 +13,7 @@ from coordinator.simulate.known import constants, find_spec, specs
 from coordinator.simulate.law import NOW, Spec, device_of
 from coordinator.simulate.machine import Machine
 from coordinator.simulate.tables import Table, only_keys, read_toml, tables_of
-from coordinator.simulate.work import OUTPUT
+from coordinator.simulate.work import DIGEST, OUTPUT
 from protocol.dtypes import DType
 from protocol.errors import UsageError
 from protocol.limits import MAX_WORKERS
@@ -21,7 +21,7 @@ from protocol.ops import Op
 
 MAX_DEVICES: Final = max(MAX_WORKERS, 4096)
 _LABELS: Final = tuple(dtype.label for dtype in DType)
-_NAMES: Final = "|".join(("matvec", "matmat", "attention", "prompt-attention", "COPY", OUTPUT, *Op.__members__))
+_NAMES: Final = "|".join(("matvec", "matmat", "attention", "prompt-attention", "COPY", OUTPUT, DIGEST, *Op.__members__))
 COST_NAME: Final = re.compile(rf"({_NAMES})(\.({'|'.join(_LABELS)}))?")
 """Names of measured costs."""
 

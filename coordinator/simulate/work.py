@@ -21,6 +21,7 @@ _AS_ONE = frozenset({Op.ADD, Op.SUB, Op.MUL, Op.DIV, Op.SCALE, Op.UNARY, Op.DUP,
 """Ops that take operands of one shape as one line, where these are contiguous or a single value."""
 
 OUTPUT: Final = "OUTPUT"
+DIGEST: Final = "DIGEST"
 """Measured costs have an entry of this name for results that a worker puts into its reply."""
 
 _FLOPS_PER_VALUE: Mapping[Op, int] = {
@@ -148,6 +149,11 @@ def copy_work(nbytes: int) -> Work:
 def output_work(nbytes: int) -> Work:
     """A result on its way into a worker's reply."""
     return Work("copy", DType.F32, 0, 0, nbytes, 0, op=OUTPUT)
+
+
+def digest_work(nbytes: int) -> Work:
+    """The hash of a tensor that a worker tells of instead of its bytes; answers with one are put together in Python."""
+    return Work("copy", DType.F32, 0, 0, nbytes, 0, op=DIGEST)
 
 
 def weight_footprint(ops: Iterable[OpRecord]) -> int:

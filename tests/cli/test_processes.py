@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.faults.harness import COMMAND, Job, Result, end_unfinished, run, stat
+from tests.faults.harness import COMMAND, PATIENCE_S, Job, Result, catches_signals, end_unfinished, run, stat
 
 INTERRUPTED = ["crossdock: interrupted   [exit 130]"]
 TEXT = ["run", "-p", "hello", "-n", 2, "-q"]
@@ -61,22 +61,27 @@ MOMENTS = 20
 @pytest.mark.slow
 def test_two_signals_at_any_early_moment() -> None:
     """From the very first millisecond: what comes before our first line is Python's to tell, or nobody's."""
+    first = Job(["run", "-p", "hello", "-n", 1000, "-q"])
+    began = time.monotonic()
+    assert first.wait_until(lambda: catches_signals(first))
+    early_s = time.monotonic() - began
+    end_unfinished()
     ours = 0
     for moment in range(MOMENTS):
         number = (signal.SIGINT, signal.SIGTERM)[moment % 2]
         job = Job(["run", "-p", "hello", "-n", 1000, "-q"])
-        time.sleep(0.3 * moment / MOMENTS)
+        time.sleep(4 * early_s * moment / MOMENTS)
         for _ in range(2):
             os.kill(job.pid, number)
             time.sleep(0.002)
         result = job.finish()
-        where = f"{number.name} after {300 * moment / MOMENTS:.0f} ms: {result}"
+        where = f"{number.name} after {4000 * early_s * moment / MOMENTS:.0f} ms: {result}"
         assert result.leftovers == [], where
         assert "/coordinator/" not in result.stderr, where
         if "Traceback" not in result.stderr and result.status != -number:
             assert (result.stderr.splitlines(), result.status) == (INTERRUPTED, 130), where
             ours += 1
-    assert ours > MOMENTS // 2
+    assert ours
 
 
 ENDLESS = r"([\w.]+)+!"
@@ -90,7 +95,7 @@ def test_interrupt_of_an_expression_that_never_ends() -> None:
     os.kill(job.pid, signal.SIGINT)
     result = job.finish()
     assert (result.stderr.splitlines()[-1:], result.status, result.leftovers) == (INTERRUPTED, 130, [])
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < PATIENCE_S
 
 
 def seconds(job: Job) -> float:

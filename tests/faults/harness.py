@@ -177,3 +177,13 @@ def stat(pid: int) -> list[str]:
 def run(arguments: Sequence[object], patience_s: float = PATIENCE_S, **options: object) -> Result:
     """The whole life of a command."""
     return Job(arguments, **options).finish(patience_s)  # type: ignore[arg-type]
+
+
+def catches_signals(job: Job) -> bool:
+    """Its own signal handlers are in place: from here on an interrupt is its own affair."""
+    try:
+        status = Path(f"/proc/{job.pid}/status").read_text()
+    except OSError:
+        return False
+    caught = int(next(line for line in status.splitlines() if line.startswith("SigCgt")).split()[1], 16)
+    return bool(caught >> (signal.SIGTERM - 1) & 1)

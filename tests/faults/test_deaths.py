@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.harness import PATIENCE_S, Job, end_unfinished, stat
+from tests.faults.harness import PATIENCE_S, Job, catches_signals, end_unfinished, stat
 
 pytestmark = pytest.mark.usefixtures("warm")
 
@@ -31,16 +31,6 @@ def decoding(model: Path, *more: object) -> list[object]:
     return ["run", "-m", model, *WORKERS, "-p", "hello", "--raw", "-n", 30000, "-c", 32768, "-q", *more]
 
 
-def is_reading(job: Job) -> bool:
-    """Its own signal handlers are in place: from here on an interrupt is its own affair."""
-    try:
-        status = Path(f"/proc/{job.pid}/status").read_text()
-    except OSError:
-        return False
-    caught = int(next(line for line in status.splitlines() if line.startswith("SigCgt")).split()[1], 16)
-    return bool(caught >> (signal.SIGTERM - 1) & 1)
-
-
 def has_workers(job: Job) -> bool:
     return len(job.workers()) == 2
 
@@ -55,7 +45,7 @@ def is_decoding(job: Job) -> bool:
 
 
 STAGES: dict[str, Callable[[Job], bool]] = {
-    "reading": is_reading, "starting": has_workers, "loading": is_loading, "decoding": is_decoding,
+    "reading": catches_signals, "starting": has_workers, "loading": is_loading, "decoding": is_decoding,
 }  # fmt: skip
 
 
@@ -209,7 +199,7 @@ def test_any_moment(number: signal.Signals, model: Path, image: Path) -> None:
     """Moments spread evenly over a whole life, from the first handler to the last line."""
     arguments = ["run", "-m", model, *WORKERS, "-i", image, "-n", 20, "-q"]
     job = Job(arguments)
-    job.wait_until(lambda: is_reading(job))
+    job.wait_until(lambda: catches_signals(job))
     began = time.monotonic()
     assert job.finish().status == 0
     life = time.monotonic() - began
@@ -217,7 +207,7 @@ def test_any_moment(number: signal.Signals, model: Path, image: Path) -> None:
     for k in range(MOMENTS):
         moment = life * (k + number / 16) / MOMENTS  # each signal at moments of its own
         job = Job(arguments)
-        job.wait_until(lambda: is_reading(job))  # noqa: B023
+        job.wait_until(lambda: catches_signals(job))  # noqa: B023
         time.sleep(moment)
         os.killpg(job.pid, number)
         result = job.finish(may_stay=may_stay)

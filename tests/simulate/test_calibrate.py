@@ -12,6 +12,7 @@ import pytest
 
 from coordinator.cli.calibrate import Measured, fitted, write
 from coordinator.cli.calibrate_measure import (
+    DIGEST_NBYTES,
     HOP_NBYTES,
     HOPS,
     HOPS_AFTER,
@@ -54,9 +55,10 @@ from coordinator.simulate.machine import Machine, make_machine
 from coordinator.simulate.series import Load, Options, make_series
 from coordinator.simulate.system import load_system
 from coordinator.simulate.timed import Job
-from coordinator.simulate.work import OUTPUT, work_of
+from coordinator.simulate.work import DIGEST, OUTPUT, work_of
 from protocol.dtypes import DType
 from protocol.errors import Exit, UsageError
+from protocol.messages import Port
 from protocol.ops import Op
 from protocol.program import Kind
 from workers.kernels import table
@@ -71,7 +73,7 @@ EXTRA = Cost(op_s=5e-8, byte_s=1e-11, line_s=1.5e-8, exp_s=9e-10)
 ROOM = Room(Rig.ARENA, 4 << 20)
 STEPS = Steps(
     Toll(50e-6, 30e-6), Toll(80e-6, 40e-6), Toll(6e-6, 3e-6), Toll(4e-6, 5e-6), Toll(25e-6, 70e-6), Toll(3e-6, 2e-6),
-    1e-10, 2e-10, 0.1,
+    1e-10, 2e-10, 3e-6, 7e-10, 0.1,
 )  # fmt: skip
 MIXED = Toll(1e-7, 3e-7)
 
@@ -152,6 +154,7 @@ def test_what_ops_cost_more_among_others() -> None:
 def outside_of(step: Toll, further: Toll, wake: Toll, each: Toll) -> dict[str, list[float]]:
     """What chains take outside of ops when this is what steps cost."""
     found = {f"bytes {n}": [4e-10 * n + 1e-4] for n in HOP_NBYTES} | {f"output {n}": [1e-4] for n in OUTPUT_NBYTES}
+    found |= {f"digest {n}": [step.seconds(0.0) + 7e-6 + 6e-10 * n] for n in DIGEST_NBYTES}
     for after, missed, hops in (("", 0.0, HOPS), (" after a sweep", 1.0, HOPS_AFTER)):
         a, b, c, d = (toll.seconds(missed) for toll in (step, further, wake, each))
         found |= {f"alone{after}": [a], f"three{after}": [a + 2 * b + 3 * c + 3 * d]}
@@ -171,6 +174,7 @@ def test_what_a_run_costs_besides_its_op() -> None:
         seconds[f"first{after}"] = [first.seconds(missed) + device.seconds(work_of(of.lookup), missed)]
         seconds[f"split{after}"] = [split.seconds(missed) + device.seconds(work_of(of.norm), missed)]
     found = fit_steps(seconds, costs, mixed)
+    assert (found.digest_s, found.digest_byte_s) == pytest.approx((7e-6, 6e-10), rel=1e-3)
     pairs = [(found.first, first), (found.split, split)]
     pairs += zip((found.step, found.further, found.wake, found.each), others, strict=True)
     for toll, expected in pairs:
@@ -286,6 +290,18 @@ def test_a_reply_with_a_measured_cost_takes_no_link() -> None:
     assert before - after == pytest.approx(1.0, rel=1e-3)
 
 
+def test_a_hash_takes_its_time_where_it_was_measured() -> None:
+    load = Load(n_prompt=4, n_predict=1, n_images=0)
+    found = machine(gpu("gpu0"))
+    lowered = make_series(open_blueprint("smollm2-135m"), found, Options(), load).lowered[-1]
+    accelerator, *others = lowered.programs
+    hashing = replace(lowered, programs=(replace(accelerator, digests=(Port("hashed", 0, 0, 1 << 20),)), *others))
+    costs = {DIGEST: Cost(2e-3, byte_s=1e-9)}
+    knowing = replace(found, models=tuple(replace(model, costs=costs) for model in found.models))
+    assert step_s(hashing, found) == step_s(lowered, found) == step_s(lowered, knowing)
+    assert step_s(hashing, knowing) - step_s(lowered, knowing) == pytest.approx(2e-3 + (1 << 20) * 1e-9)
+
+
 def test_cases_have_one_kind_each_and_stay_inside_their_room() -> None:
     found = list(cases(ROOM, quick=True))
     assert len({case.name for case in found}) == len(found)
@@ -300,7 +316,7 @@ def calibration() -> Measured:
     found = [
         Sample(work_of(case.ops[0]), 1e-6 * (n + 1), case.missed) for n, case in enumerate(cases(ROOM, quick=True))
     ]
-    costs = fit_costs(found) | {OUTPUT: Cost(byte_s=2e-10), "SOFT_MAX.f32": EXTRA}
+    costs = fit_costs(found) | {OUTPUT: Cost(byte_s=2e-10), DIGEST: Cost(3e-6, byte_s=7e-10), "SOFT_MAX.f32": EXTRA}
     return Measured(found, costs, MIXED, 0.05, STEPS, STEPS, 1, 32 << 20)
 
 
@@ -372,7 +388,8 @@ def test_wrong_costs_are_named(tmp_path: Path, text: str, message: str) -> None:
     [
         (["-o", "/nowhere/at/all.toml"], "--output /nowhere/at/all.toml: no such folder"),
         (["-o", "/"], "--output /: it is a folder"),
-        (["-o", ""], "--output .: it is a folder"),
+        (["-o", "."], "--output .: it is a folder"),
+        (["-o", ""], "the value is empty"),
         (["-o", "/dev/null"], "--output /dev/null: not a regular file"),
         (["-o", "x.toml", "-w", "null:2"], "--workers null:2: null workers compute nothing that could be measured"),
         (["-o", "x.toml", "-w", "gpu:1"], "--workers 'gpu:1'"),
