@@ -20,6 +20,7 @@ _CLOCK, _CLOCK_SET = 4, 8  # in each of them: virtual time in two words, and the
 _WORDS = _TRANSFERS + 2 * MAX_TRANSFERS * _LINE
 NBYTES = _WORDS * 4
 
+_SPINS = 200
 _NAP_S = 0.05
 
 
@@ -43,8 +44,9 @@ class Progress(NamedTuple):
 class Board:
     """Lives as long as the run. A word holds the number of the last step for which its event happened.
 
-    Waiting spins briefly, then sleeps on a futex, or in short naps without one. It has no time limit: a worker whose
-    peer dies is ended by the coordinator, and one whose coordinator dies by its own watch on stdin.
+    Waiting polls for a while, then sleeps on a futex; without one it polls briefly, then takes short naps. It has no
+    time limit: a worker whose peer dies is ended by the coordinator, and one whose coordinator dies by its own watch on
+    stdin.
     """
 
     def __init__(self, segment: sharedmem.Segment) -> None:
@@ -148,6 +150,9 @@ class Board:
 
     def _wait(self, word: int, step: int) -> None:
         cells, want = self._cells, step & 0xFFFFFFFF
+        for _ in range(_SPINS if self._bells is None else 0):
+            if cells[word] == want:
+                return
         nap = 20e-6
         while (seen := cells[word]) != want:
             if self._bells is not None:

@@ -22,6 +22,9 @@ READ = {
 }  # fmt: skip
 """Arguments that name what is read."""
 
+_OR_NAMES = ("model", "system", "network", "simulate")
+"""Those that may also be presets, kinds of links, or nothing."""
+
 
 def check_files(chosen: argparse.Namespace) -> None:
     """Raises UsageError when what is to be written would take the place of another file of the command.
@@ -42,8 +45,10 @@ def check_files(chosen: argparse.Namespace) -> None:
 def _read(chosen: argparse.Namespace) -> Iterator[tuple[str, str]]:
     for name, what in READ.items():
         value = getattr(chosen, name, None)
+        if name == "system" and hasattr(chosen, "prompt"):
+            continue  # a message there, and no file
         for file in value if isinstance(value, list) else [value]:
-            if isinstance(file, str):
+            if isinstance(file, str) and (name not in _OR_NAMES or os.path.exists(file)):
                 yield what, file
     if hasattr(chosen, "folder"):  # a model that was converted into it before is none of its sources
         yield from ((READ["folder"], str(p)) for p in Path(chosen.folder).glob("*") if p.suffix != ".gguf")

@@ -46,6 +46,6 @@ def layers(text: str) -> int | None:
     """An argparse type: a number of layers, or None for `all`."""
     if text in ("all", "-1"):
         return None
-    if not text.isdecimal():
+    if not (text.isascii() and text.isdecimal()):
         raise argparse.ArgumentTypeError(f"{text!r}: expected a number of layers, or all")
     return at_least(0)(text)

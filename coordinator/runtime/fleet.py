@@ -201,8 +201,10 @@ class Fleet:
             self._unreachable(worker, error)
 
     def _unreachable(self, worker: int, error: zmq.ZMQError) -> NoReturn:
-        if worker < len(self.processes):
-            self.processes[worker].wait(_DEATH_S)
+        deadline = time.monotonic() + _DEATH_S
+        while worker < len(self.processes) and time.monotonic() < deadline:
+            self._check_alive()
+            self.processes[worker].wait(0.1)
         self._check_alive()
         raise WorkerError(f"{self.topology.names[worker]}: cannot be reached: {error.strerror}") from None
 

@@ -21,8 +21,9 @@ _AS_ONE = frozenset({Op.ADD, Op.SUB, Op.MUL, Op.DIV, Op.SCALE, Op.UNARY, Op.DUP,
 """Ops that take operands of one shape as one line, where these are contiguous or a single value."""
 
 OUTPUT: Final = "OUTPUT"
-DIGEST: Final = "DIGEST"
 """Measured costs have an entry of this name for results that a worker puts into its reply."""
+DIGEST: Final = "DIGEST"
+"""And of this one for their hashes."""
 
 _FLOPS_PER_VALUE: Mapping[Op, int] = {
     Op.NORM: 8, Op.RMS_NORM: 4, Op.SOFT_MAX: 6, Op.ROPE: 6, Op.UNARY: 8, Op.GLU: 9, Op.L2_NORM: 4,
@@ -152,7 +153,8 @@ def output_work(nbytes: int) -> Work:
 
 
 def digest_work(nbytes: int) -> Work:
-    """The hash of a tensor that a worker tells of instead of its bytes; answers with one are put together in Python."""
+    """The hash of a tensor that a worker tells of instead of its bytes. Answers with one are put together in Python,
+    which is in what it was measured to cost."""
     return Work("copy", DType.F32, 0, 0, nbytes, 0, op=DIGEST)
 
 

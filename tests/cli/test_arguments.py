@@ -167,7 +167,12 @@ def test_two_outputs_or_an_input_are_one_file(arguments: str, words: str, capsys
 
 @pytest.mark.usefixtures("here")
 def test_files_that_are_nobodys_to_lose(capsys: pytest.CaptureFixture[str]) -> None:
-    """One device for several outputs, and a model that was converted into its folder before."""
+    """One device for several outputs, a system message, the names of presets and links, and a model that was converted
+    into its folder before."""
+    message = ["-s", "t.json", "--trace", "t.json"]
+    assert "no_such" in refused(capsys, "run", *message, "-w", "no_such")
+    assert "no_such" in refused(capsys, "run", "-s", "", "--dump-dir", ".", "--dump-tensor", "x", "-w", "no_such")
+    assert "no_such" in refused(capsys, "simulate", "tiny", "--trace", "pcie4x16", "--system", "no_such")
     assert "no_such" in refused(capsys, "run", "--trace", "/dev/null", "--record", "/dev/null", "-w", "no_such")
     assert _run(["convert", ".", "-o", "model.gguf"]) != 0
     assert "model.safetensors" in capsys.readouterr().err

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from protocol.doorbell import Patience
+from protocol.features import has
 from workers.kernels import team
 
 SHORT_NS, LONG_NS = 40_000, 5_000_000
@@ -98,7 +99,7 @@ def test_patience_is_twice_what_it_took() -> None:
     assert 600 < patience.polls < 10**6
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_yield"), reason="needs sched_yield")
+@pytest.mark.skipif(not has("futex"), reason="needs a futex")
 def test_who_loses_the_processor_while_polling_sleeps(monkeypatch: pytest.MonkeyPatch) -> None:
     from protocol import doorbell
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
+import time
 
 from workers.kernels import row
 from workers.kernels.access import INNER
@@ -74,10 +75,11 @@ def _emit_call(b: ir.IRBuilder, kernel: ir.Value, *args: ir.Value) -> None:
 
 def _emit_clock(b: ir.IRBuilder) -> ir.Value:
     with b.goto_entry_block():
-        time = b.alloca(_TIMESPEC)
+        now = b.alloca(_TIMESPEC)
     kind = ir.FunctionType(I32, [I32, I64])
-    b.call(cgutils.get_or_insert_function(b.module, kind, "clock_gettime"), [I32(1), b.ptrtoint(time, I64)])
-    return b.add(b.mul(b.extract_value(b.load(time), 0), I64(10**9)), b.extract_value(b.load(time), 1))
+    clock_gettime = cgutils.get_or_insert_function(b.module, kind, "clock_gettime")
+    b.call(clock_gettime, [I32(time.CLOCK_MONOTONIC), b.ptrtoint(now, I64)])
+    return b.add(b.mul(b.extract_value(b.load(now), 0), I64(10**9)), b.extract_value(b.load(now), 1))
 
 
 load_i32 = make(_LONG, _LONG)(lambda b, where: b.sext(b.load_atomic(_pointer(b, where), "acquire", 4), I64))
