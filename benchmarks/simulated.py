@@ -47,7 +47,7 @@ ROUNDS, STEPS = 5, 30
 """How often everything is measured, and decode steps of a placement each time, at least."""
 STEPS_S, FURTHER_S = 0.5, 0.15
 """And for so long: what is short would else be taken in one moment, which may be a neighbour's."""
-SETTLING, IN_A_ROW = 5, 20
+IN_A_ROW = {"demo": (16, 64), "smollm2-q4_1": (5, 20)}
 """Steps of a program that do not count, and that do: who has just run another one is not yet where tokens find it."""
 EFFORT, BETWEEN = Effort(3, 4, quick=True), 5
 """A calibration, and before how many placements."""
@@ -128,6 +128,7 @@ def _placements(quick: bool) -> Iterator[Placement]:
 def _measure(placement: Placement, file: Path, rounds: int) -> Seen:
     """Whole steps, and in between steps in which workers note when each run of ops began and ended."""
     alone, seen = placement.workers == WORKERS[0], Seen()
+    settling, settled = IN_A_ROW[placement.model]
     with Fleet(parse_workers(placement.workers, 1), FleetOptions()) as fleet:
         layers = None if alone else placement.layers
         session, images = _opened(fleet, placement, file, layers)
@@ -135,17 +136,17 @@ def _measure(placement: Placement, file: Path, rounds: int) -> Seen:
             session.evaluate([5] * min(64, DEPTH - session.n_past))
         plain, watch = session.evaluator, Stopwatch(keep=True)
         noting = Evaluator(fleet, session.memory, session.schedulers, stopwatch=watch)
-        for _ in _again(rounds // IN_A_ROW, STEPS_S):
+        for _ in _again(max(1, rounds // settled), STEPS_S):
             session.evaluator = plain
-            for number in range(SETTLING + IN_A_ROW):
+            for number in range(settling + settled):
                 timed, shipped = _timed(lambda: _decode(session))
-                if number >= SETTLING:
+                if number >= settling:
                     seen.take(timed)
             session.evaluator = noting
-            for number in range(SETTLING + IN_A_ROW):
+            for number in range(settling + settled):
                 _decode(session)
                 times = watch.taken.pop().times
-                if number >= SETTLING:
+                if number >= settling:
                     seen.note(session, shipped, times)
         graphs = {"a prompt": lambda: _prompt(session)}
         if images:

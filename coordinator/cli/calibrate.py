@@ -91,8 +91,8 @@ class Calibrator:
     def __init__(self, threads: int, *, quick: bool, messages: bool = True) -> None:
         chain = parse_workers(CHAIN, threads)
         self._operations = Operations(chain, room_of(), quick=quick)
-        self._shared = Chains(chain, room_of())
-        self._messages = Chains(chain, room_of(), "message") if messages else None
+        self._shared = Chains(chain)
+        self._messages = Chains(chain, "message") if messages else None
         self._stack = ExitStack()
 
     def __enter__(self) -> Calibrator:

@@ -19,7 +19,7 @@ from coordinator.simulate.hardware import FREE, Cost, Toll, Work
 from coordinator.simulate.work import work_of
 from protocol.dtypes import DType
 from protocol.messages import Port
-from protocol.program import Instruction, Kind, OpRecord
+from protocol.program import Instruction, Kind
 
 BUSY_NBYTES: Final = 500 << 10
 """A worker of a chain computes over so many bytes of weights, as one of a small model: its peers fall asleep."""
@@ -33,9 +33,11 @@ RESULT_NBYTES: Final = 4096
 HOP_NBYTES: Final = (512, 64 << 10, 1 << 20, 8 << 20)
 OUTPUT_NBYTES: Final = (512, 64 << 10, 512 << 10)
 DIGEST_NBYTES: Final = (4 << 10, 64 << 10, 1 << 20)
+_LONG: Final = {f"output {n}" for n in OUTPUT_NBYTES} | {f"bytes {n}" for n in HOP_NBYTES if n >= 1 << 20}
+"""Steps that take milliseconds or hand over much, beside those after a sweep."""
 _HOPS_OF_A_SIZE: Final = 4
 _IN_A_ROW: Final = 4
-_SETTLING, _SETTLED = 8, 16
+_SETTLING, _SETTLED = 16, 64
 """Short steps in a row that do not count, and that do: a coordinator and workers that have just run another program
 find neither their code in the cache nor each other awake, and steps of a model follow each other."""
 _NOTED: Final = {"first": 0, "split": 3}
@@ -45,12 +47,8 @@ _AFTER: Final = "after a sweep"
 SWEEP_NBYTES: Final = 40 << 20
 """A worker reads so much, a token's time in a model that no cache holds, to drive everything else out of the cache."""
 
-_BEHIND: Final = " behind others"
-"""Another worker has read all that a machine's caches hold, and more, since this one's last run of ops."""
-_ENDS: Final = {
-    "": (SMALL[0], BUSY_NBYTES), f" {_AFTER}": (LARGE[0], SWEEP_NBYTES), _BEHIND: (LARGE[0], SWEEP_NBYTES)
-}  # fmt: skip
-"""Layers of which noted runs compute the ends, and bytes of their output, on the worker that is noted."""
+_MODELS: Final = {"": (SMALL[0], BUSY_NBYTES), f" {_AFTER}": (LARGE[0], SWEEP_NBYTES)}
+"""What is computed around noted runs: layers on one worker, an output on the other, each of about so many bytes."""
 
 Progress = Callable[[str], None]
 
@@ -163,13 +161,11 @@ def mixtures_of(room: Room, seconds: Samples, first_s: float) -> list[tuple[list
 class Chains:
     """Three idle workers, the host last, that hold chains of one, two and three of them. Use as a context manager."""
 
-    def __init__(self, topology: Topology, far: Room, plane: str | None = None) -> None:
-        """`far` has more weights than all caches hold."""
-        self._room, self._far = Room(Rig.ARENA, SWEEP_NBYTES), far
-        others = [self._room.nbytes] * (len(topology.workers) - 1)
-        self._rig = Rig(topology, [max(far.nbytes, self._room.nbytes), *others], plane)
+    def __init__(self, topology: Topology, plane: str | None = None) -> None:
+        self._room = Room(Rig.ARENA, SWEEP_NBYTES)
+        self._rig = Rig(topology, [self._room.nbytes] * len(topology.workers), plane)
         self._programs: dict[str, Loaded] = {}
-        self._noted: dict[str, tuple[Loaded, Mapping[str, int]]] = {}
+        self._noted: dict[str, Loaded] = {}
 
     def __enter__(self) -> Chains:
         with ExitStack() as stack:
@@ -178,8 +174,8 @@ class Chains:
                 for offset, data in first_bytes(self._room):
                     rig.write(worker, offset, data)
             self._programs = _programs(rig, self._room)
-            for name, (shares, numbers) in _noted_shares(self._room, self._far).items():
-                self._noted[name] = rig.ship("noted", shares, noted=True), numbers
+            for after, (shape, nbytes) in _MODELS.items():
+                self._noted[after] = rig.ship("split", noted_shares(self._room, shape, nbytes), noted=True)
             stack.pop_all()
         return self
 
@@ -189,20 +185,20 @@ class Chains:
     def measure(self, rounds: int, progress: Progress) -> Samples:
         """Seconds outside of operations, and of the runs of ops that are noted, by name."""
         seconds: Samples = {name: [] for name in self._programs}
-        seconds |= {name: [] for _, numbers in self._noted.values() for name in numbers}
+        seconds |= {name + after: [] for name in _NOTED for after in self._noted}
         for number in range(rounds):
             progress(f"steps, round {number + 1} of {rounds}")
             for name, program in self._programs.items():
-                is_long = name.endswith(_AFTER) or name.startswith("output")
+                is_long = name.endswith(_AFTER) or name in _LONG
                 for _ in range(1 if is_long else _SETTLING):  # the one before it may have emptied the cache
                     program.run()
                 for _ in range(_IN_A_ROW if is_long else _SETTLED):
                     seconds[name].append(program.timed().outside_s)
-            for program, numbers in self._noted.values():
+            for after, program in self._noted.items():
                 program.noted(2, ())
                 for _ in range(_IN_A_ROW):
-                    for name, took in zip(numbers, program.noted(2, list(numbers.values())), strict=True):
-                        seconds[name].append(took)
+                    for name, took in zip(_NOTED, program.noted(2, list(_NOTED.values())), strict=True):
+                        seconds[name + after].append(took)
         return seconds
 
 
@@ -222,14 +218,14 @@ def fit_steps(seconds: Samples, costs: Mapping[str, Cost], mixed: Toll = FREE) -
 
 
 def _toll(name: str, outside: Mapping[str, float], costs: Mapping[str, Cost], mixed: Toll) -> Toll:
-    """What a noted run took besides its op: warm, behind an emptied cache, and when others have read much besides."""
+    """What a noted run took besides its op, warm and behind an emptied cache."""
     left = []
-    for after, (shape, nbytes) in _ENDS.items():
+    for after, (shape, nbytes) in _MODELS.items():
         of = ends(Room(Rig.ARENA, SWEEP_NBYTES), shape, nbytes, 0)
         work, missed = work_of({"first": of.lookup, "split": of.norm}[name]), float(bool(after))
         left.append(max(0.0, outside[name + after] - costs[work.key].seconds(work, missed) - mixed.seconds(missed)))
-    base_s, cold_s, far_s = left
-    return Toll(base_s, max(0.0, cold_s - base_s), max(0.0, far_s - max(base_s, cold_s)))
+    base_s, cold_s = left
+    return Toll(base_s, max(0.0, cold_s - base_s))
 
 
 def _prices(outside: Mapping[str, float], hops: Sequence[tuple[int, int]], after: str) -> list[float]:
@@ -268,32 +264,15 @@ def _programs(rig: Rig, room: Room) -> dict[str, Loaded]:
     return found
 
 
-def _noted_shares(room: Room, far: Room) -> dict[str, tuple[dict[int, Share], dict[str, int]]]:
-    """Chains, and the numbers of worker 2's instructions in them that are noted, by what they tell.
-
-    In all but the last the first run follows the worker's own output of the step before.
-    """
-    found = {}
-    for after, (shape, nbytes) in _ENDS.items():
-        others = layers(far, LARGE[0], far.cold_nbytes) if after == _BEHIND else layers(room, shape, 1)
-        numbers = {f"{name}{after}": number for name, number in _NOTED.items() if (after, name) != (_BEHIND, "first")}
-        found[after or "warm"] = noted_shares(room, shape, nbytes, others), numbers
-    shape, nbytes = _ENDS[_BEHIND]
-    lookup = Share((ends(room, shape, nbytes, 0).lookup,))
-    shares = chain([lookup, Share(layers(far, shape, far.cold_nbytes))], [2, 0], DType.F32.row_nbytes(shape.width))
-    found["alone"] = shares | {2: _with_ports(shares[2])}, {f"first{_BEHIND}": _NOTED["first"]}
-    return found
-
-
-def noted_shares(room: Room, shape: Shape, nbytes: int, others: Sequence[OpRecord]) -> dict[int, Share]:
-    """The ends of a model on worker 2 around what another one computes, worker 0.
+def noted_shares(room: Room, shape: Shape, nbytes: int) -> dict[int, Share]:
+    """The ends of a model on worker 2 around its layers on worker 0.
 
     The two runs that are noted are of different ops with data of their own. Were the second one like the first, it
     would find its code and data where that left them, in its own processor's cache, whatever others read meanwhile.
     """
     handed = DType.F32.row_nbytes(shape.width)
     ops = ends(room, shape, nbytes, _into(handed)).ops
-    shares = chain([Share(ops), Share(others), Share(ops)], [2, 0, 2], handed)
+    shares = chain([Share(ops), Share(layers(room, shape, nbytes)), Share(ops)], [2, 0, 2], handed)
     program = [*shares[2].instructions, Instruction(Kind.RUN, len(ops) - 1, len(ops), 2)]
     for op, number in enumerate(_NOTED.values()):
         program[number] = replace(program[number], first=op, last=op + 1)

@@ -77,26 +77,6 @@ def time_program(
     return _Timing(lowered, models, fabric, streams).run(name or lowered.plan.graph.name, buffered)
 
 
-def meanwhile(lowered: Lowered) -> dict[tuple[int, int], int]:
-    """Bytes of weights and caches that other workers read between a worker's last run of ops, perhaps in the evaluation
-    before, and each one, by (worker, number of its instruction)."""
-    runs = sorted(
-        (item.split, worker, number, weight_footprint(program.ops[item.first : item.last]))
-        for worker, program in enumerate(lowered.programs)
-        for number, item in enumerate(program.instructions)
-        if item.kind is Kind.RUN
-    )
-    latest: dict[int, int] = {}  # by worker: what all had read when its last run of ops was through
-    found, read = {}, 0
-    for evaluation in range(2):
-        for _, worker, number, nbytes in runs:
-            if evaluation:
-                found[worker, number] = read - latest[worker]
-            read += nbytes
-            latest[worker] = read
-    return found
-
-
 class _Timing:
     """State of one call of `time_program`."""
 
@@ -107,7 +87,6 @@ class _Timing:
         self.known: dict[tuple[int, Work], float] = {}
         on_chip = (p.ops for p, model in zip(lowered.programs, models, strict=True) if model.cache_nbytes)
         self.footprint = sum(map(weight_footprint, on_chip))
-        self.meanwhile = meanwhile(lowered) if any(m.first.others_s or m.split.others_s for m in models) else {}
 
     def run(self, name: str, buffered: bool) -> Timed:
         for worker in range(len(self.models)):
@@ -124,13 +103,13 @@ class _Timing:
         if program.instructions and model.step_s:
             more = missed * model.step_missed_s if worker == self.host else 0.0
             acts.append(Act(Do.RUN, model.step_s + more, -1, 0))
-        for number, item in enumerate(program.instructions):
+        for item in program.instructions:
             if item.kind is Kind.TAP:
                 continue
             if item.kind is Kind.RUN:
                 ops = program.ops[item.first : item.last]
                 seconds = sum(self._seconds(worker, work_of(op, self.streams)) for op in ops)
-                seconds += overhead.seconds(missed, model.lost(self.meanwhile.get((worker, number), 0)))
+                seconds += overhead.seconds(missed)
                 overhead = model.split
                 acts.append(Act(Do.RUN, seconds, -1, item.split))
             elif item.kind is Kind.COPY:
