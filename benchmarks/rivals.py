@@ -6,6 +6,7 @@ import json
 import os
 import random
 import select
+import signal
 import socket
 import subprocess
 import sys
@@ -85,6 +86,7 @@ class Ours:
 class Peer:
     """llama.cpp in a process of its own (benchmarks/peer.py), with one RPC server process per entry of `servers`.
 
+    All of them are halted while nobody asks, for threads that poll would take processors from rivals.
     `python` is an interpreter that has llama-cpp-python. Raises UsageError when it cannot be started.
     """
 
@@ -93,8 +95,8 @@ class Peer:
         repack: bool = True,
     ) -> None:  # fmt: skip
         self.python = python or sys.executable
-        # libgomp's threads would otherwise spin on processors that everybody shares
-        self.environment = os.environ | {"OMP_WAIT_POLICY": "passive", "PYTHONPATH": str(ROOT)}
+        # where others want processors too, threads that poll for ever are slower than threads that sleep
+        self.environment = {"OMP_WAIT_POLICY": "passive"} | os.environ | {"PYTHONPATH": str(ROOT)}
         self.pids: list[int] = []
         self._stack = ExitStack()
         try:
@@ -159,6 +161,15 @@ class Peer:
             yield f"127.0.0.1:{port}"
 
     def _ask(self, request: dict[str, Any]) -> Any:
+        for pid in self.pids:
+            os.kill(pid, signal.SIGCONT)
+        try:
+            return self._answer(request)
+        finally:
+            for pid in self.pids:
+                os.kill(pid, signal.SIGSTOP)
+
+    def _answer(self, request: dict[str, Any]) -> Any:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         try:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from protocol.futex import Futex
 
 _LEAST, _MOST, _YIELD = 20, 5000, 20
-_SHORT_NS, _SLEEPS = 300_000, 1000
+_SHORT_NS, _VAIN, _BUSY = 300_000, 100, 1000
 
 
 class Patience:
@@ -36,11 +36,11 @@ class Patience:
         elif self.polls < _MOST:
             self.polls = min(4 * self.polls, _MOST)
         else:
-            self.lost()
+            self.give_up(_VAIN)
 
-    def lost(self) -> None:
-        """Whoever is to ring has likely no processor because of us, or somebody else has ours: sleep many times."""
-        self.polls, self._sleeps = _LEAST, _SLEEPS
+    def give_up(self, sleeps: int) -> None:
+        """Whoever is to ring has likely no processor because of us, or somebody else has ours: sleep that often."""
+        self.polls, self._sleeps = _LEAST, sleeps
 
 
 class Doorbells:
@@ -79,7 +79,7 @@ class Doorbells:
                 since = perf_counter_ns()
                 os.sched_yield()  # Linux has it, and only there is a futex
                 if perf_counter_ns() - since >= _SHORT_NS:
-                    patience.lost()
+                    patience.give_up(_BUSY)
                     break
         since = perf_counter_ns()
         cells[word + 1] = 1

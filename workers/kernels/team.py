@@ -37,8 +37,11 @@ side, in a virtual machine; and while both sides sleep each waits for the other'
 YIELD = 50
 """Polls after which somebody else may have the processor: perhaps whoever is to ring."""
 
-SHORT_NS, SLEEPS = 300_000, 1000
-"""A thread that slept for less had better polled on; and as often it sleeps before it tries anew what did not help."""
+SHORT_NS = 300_000
+"""A thread that slept for less had better polled on."""
+
+VAIN, BUSY = 100, 1000
+"""Sleeps before a thread tries anew what was in vain, or what gave its processor away for that long."""
 
 NAP_US = 50
 """Sleep between polls where there is no futex."""
@@ -116,10 +119,10 @@ def _wake(address: int, sleepers: int, futex: int) -> None:
 
 
 @njit(**INNER)
-def _lost(spins: int) -> None:
+def _give_up(spins: int, sleeps: int) -> None:
     """Polling does harm: whoever is to ring has no processor because of it, or somebody else has ours."""
     store_i32(spins, LEAST_SPINS)
-    store_i32(spins + 4, SLEEPS)
+    store_i32(spins + 4, sleeps)
 
 
 @njit(**INNER)
@@ -138,7 +141,7 @@ def poll(address: int, seen: int, spins: int) -> bool:
             since = now_ns()
             _sched_yield()
             if now_ns() - since >= SHORT_NS:  # to somebody who has much to do, but who would stop for one who slept
-                _lost(spins)
+                _give_up(spins, BUSY)
                 break
         pause()
     return load_i32(address) != seen
@@ -154,7 +157,7 @@ def slept(spins: int, ns: int) -> None:
     elif limit < MOST_SPINS:
         store_i32(spins, min(4 * limit, MOST_SPINS))
     else:
-        _lost(spins)
+        _give_up(spins, VAIN)
 
 
 @njit(**INNER)
