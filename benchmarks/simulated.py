@@ -43,10 +43,11 @@ DEPTH = 250
 FURTHER, PROMPT = 2, 64
 """Prompts, of so many tokens, and images of a placement in each round, and as many of which runs are noted."""
 SPLIT_WITHIN, STEP_WITHIN, FURTHER_WITHIN = 0.20, 0.10, 0.15
-ROUNDS, STEPS = 5, 30
-"""How often everything is measured, and decode steps of a placement each time, at least."""
+ROUNDS = 5
+"""How often everything is measured."""
 STEPS_S, FURTHER_S = 0.5, 0.15
-"""And for so long: what is short would else be taken in one moment, which may be a neighbour's."""
+"""For so long decode steps of a placement, and each further graph, are measured each time: what is short would else be
+taken in one moment, which may be a neighbour's."""
 IN_A_ROW = {"demo": (16, 64), "smollm2-q4_1": (5, 20)}
 """Steps of a program that do not count, and that do: who has just run another one is not yet where tokens find it."""
 EFFORT, BETWEEN = Effort(3, 4, quick=True), 5
@@ -106,7 +107,7 @@ def _round(calibrator: Calibrator, raw: Raw, placements: Sequence[tuple[Placemen
     for number, (placement, file) in enumerate(placements):
         if number % BETWEEN == 0:
             raw.add(calibrator.measure(EFFORT, lambda _: None))
-        found.append(_measure(placement, file, STEPS))
+        found.append(_measure(placement, file))
     return found
 
 
@@ -125,7 +126,7 @@ def _placements(quick: bool) -> Iterator[Placement]:
             yield from (Placement(model, workers, n) for n in (chosen[1::2] if quick else chosen))
 
 
-def _measure(placement: Placement, file: Path, rounds: int) -> Seen:
+def _measure(placement: Placement, file: Path) -> Seen:
     """Whole steps, and in between steps in which workers note when each run of ops began and ended."""
     alone, seen = placement.workers == WORKERS[0], Seen()
     settling, settled = IN_A_ROW[placement.model]
@@ -136,7 +137,7 @@ def _measure(placement: Placement, file: Path, rounds: int) -> Seen:
             session.evaluate([5] * min(64, DEPTH - session.n_past))
         plain, watch = session.evaluator, Stopwatch(keep=True)
         noting = Evaluator(fleet, session.memory, session.schedulers, stopwatch=watch)
-        for _ in _again(max(1, rounds // settled), STEPS_S):
+        for _ in _again(STEPS_S):
             session.evaluator = plain
             for number in range(settling + settled):
                 timed, shipped = _timed(lambda: _decode(session))
@@ -153,7 +154,7 @@ def _measure(placement: Placement, file: Path, rounds: int) -> Seen:
             graphs["an image"] = lambda: session.encode(0, images[0])
         for name, work in graphs.items():
             into = seen.further.setdefault(name, Seen())
-            for _ in _again(1, FURTHER_S):
+            for _ in _again(FURTHER_S):
                 session.evaluator = plain
                 for _ in range(FURTHER):
                     into.take(_timed(work)[0])
@@ -164,11 +165,11 @@ def _measure(placement: Placement, file: Path, rounds: int) -> Seen:
     return seen
 
 
-def _again(least: int, seconds: float) -> Iterator[None]:
-    """As often as that, and until so much time has passed."""
+def _again(seconds: float) -> Iterator[None]:
+    """Once, and until so much time has passed."""
     until = time.monotonic() + seconds
-    while least > 0 or time.monotonic() < until:
-        least -= 1
+    yield
+    while time.monotonic() < until:
         yield
 
 

@@ -45,8 +45,6 @@ def check_files(chosen: argparse.Namespace) -> None:
 def _read(chosen: argparse.Namespace) -> Iterator[tuple[str, str]]:
     for name, what in READ.items():
         value = getattr(chosen, name, None)
-        if name == "system" and hasattr(chosen, "prompt"):
-            continue  # a message there, and no file
         for file in value if isinstance(value, list) else [value]:
             if isinstance(file, str) and (name not in _OR_NAMES or os.path.exists(file)):
                 yield what, file

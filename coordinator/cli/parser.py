@@ -159,7 +159,7 @@ def add_job(parser: argparse.ArgumentParser) -> None:
     text.add_argument("--no-image", action="store_true", help="do not take the bundled image with the bundled model")
     text.add_argument("-p", "--prompt", type=str,
                       help='question or text (default with an image: "Describe this image.")')  # fmt: skip
-    text.add_argument("-s", "--system", type=str, help="system message")
+    text.add_argument("-s", "--system", dest="system_message", metavar="TEXT", type=str, help="system message")
     text.add_argument("--raw", action="store_true", help="take the prompt as it is, without the chat template")
     text.add_argument("-n", "--n-predict", type=at_least(0), default=128, metavar="N", help="at most N new tokens")
     text.add_argument("-c", "--ctx-size", type=at_least(0), default=0, metavar="N", help="context, 0: the model's")

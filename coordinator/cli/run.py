@@ -200,7 +200,7 @@ def _prompt(
 
     Raises InputError or UsageError for what the model cannot take.
     """
-    if chosen.raw and chosen.system:
+    if chosen.raw and chosen.system_message:
         raise UsageError("--system goes without --raw: a raw prompt has no place for it")
     files = _images(chosen)
     if files and params.vision is None:
@@ -211,8 +211,8 @@ def _prompt(
     note = ""
     if not chosen.raw:
         messages = [Message("user", text, len(files))]
-        if chosen.system:
-            messages.insert(0, Message("system", chosen.system))
+        if chosen.system_message:
+            messages.insert(0, Message("system", chosen.system_message))
         rendered = chat.render(messages)
         text, note = rendered.text, rendered.note
     ids = tokenizer.encode(text, parse_special=True)

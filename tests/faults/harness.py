@@ -16,7 +16,6 @@ from pathlib import Path
 from tests.patience import LATE_S
 
 COMMAND = str(Path(sys.executable).with_name("crossdock"))
-PATIENCE_S = LATE_S
 GONE_S = 60.0  # what is still there then stays; on a free machine it goes within milliseconds
 
 
@@ -99,7 +98,7 @@ class Job:
 
     def wait_until(self, condition: Callable[[], object]) -> bool:
         """Poll tightly; False when the command ended first."""
-        deadline = time.monotonic() + PATIENCE_S
+        deadline = time.monotonic() + LATE_S
         while not condition():
             if self.process.poll() is not None:
                 return bool(condition())
@@ -107,7 +106,7 @@ class Job:
             time.sleep(0.001)
         return True
 
-    def finish(self, patience_s: float = PATIENCE_S, *, may_stay: str = "") -> Result:
+    def finish(self, patience_s: float = LATE_S, *, may_stay: str = "") -> Result:
         """Wait for its end, then for its processes and files to be gone, but those with `may_stay` in their names."""
         UNFINISHED.discard(self)
         try:
@@ -117,7 +116,7 @@ class Job:
         finally:
             for pid in members(self.pid):
                 os.kill(pid, signal.SIGKILL)
-            self.process.wait(PATIENCE_S)
+            self.process.wait(LATE_S)
             self.out.close()
             self.err.close()
             shutil.rmtree(self.tmp, ignore_errors=True)
@@ -174,7 +173,7 @@ def stat(pid: int) -> list[str]:
         return []
 
 
-def run(arguments: Sequence[object], patience_s: float = PATIENCE_S, **options: object) -> Result:
+def run(arguments: Sequence[object], patience_s: float = LATE_S, **options: object) -> Result:
     """The whole life of a command."""
     return Job(arguments, **options).finish(patience_s)  # type: ignore[arg-type]
 

@@ -14,7 +14,7 @@ import pytest
 
 from protocol.features import has
 from protocol.rundir import PREFIX
-from tests.faults.harness import PATIENCE_S
+from tests.patience import LATE_S
 
 pytestmark = pytest.mark.skipif(not has("fork"), reason="workers are started one by one here")
 
@@ -39,13 +39,13 @@ def deaf() -> Iterator[int]:
 def ended(command: list[str], stdin: bytes, fds: tuple[int, ...] = ()) -> None:
     result = subprocess.run(
         [sys.executable, "-P", *command], input=stdin, capture_output=True, pass_fds=fds, process_group=0,
-        timeout=PATIENCE_S,
+        timeout=LATE_S,
     )  # fmt: skip
     assert (result.stdout, result.stderr) == (b"", b"")
 
 
 def is_removed(directory: Path) -> bool:
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + LATE_S
     while directory.exists() and time.monotonic() < deadline:
         time.sleep(0.005)
     return not directory.exists()

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from protocol.features import has
-from tests.faults.harness import PATIENCE_S, Job, end_unfinished
-from tests.patience import comes_true
+from tests.faults.harness import Job, end_unfinished
+from tests.patience import LATE_S, comes_true
 
 pytestmark = pytest.mark.usefixtures("warm")
 
@@ -82,7 +82,7 @@ def test_worker_that_fails_since_its_coordinator_is_gone(gone: bool, tmp_path: P
         if gone:
             worker.stdin.close()
         assert b"cannot connect to 'gone'" in worker.stderr.read()
-        assert worker.wait(PATIENCE_S) == 6
+        assert worker.wait(LATE_S) == 6
     assert os.path.exists(directory) != gone
 
 

@@ -17,7 +17,8 @@ from protocol import messages as m
 from protocol.board import State
 from protocol.errors import CrossdockError, WorkerError
 from protocol.program import Instruction, Kind, pack_instructions, pack_ops
-from tests.faults.harness import PATIENCE_S, end_unfinished, run
+from tests.faults.harness import end_unfinished, run
+from tests.patience import LATE_S
 
 pytestmark = pytest.mark.usefixtures("warm")
 
@@ -47,7 +48,7 @@ def lend(fleet: Fleet) -> None:
     os.kill(fleet.processes[RECEIVER].pid, signal.SIGSTOP)
     fleet.doing = "the test graph"
     fleet.send(SENDER, m.Step(1, 1))
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + LATE_S
     while fleet.board.progress(SENDER).state is not State.WAITING:
         assert time.monotonic() < deadline
         time.sleep(0.001)
@@ -63,7 +64,7 @@ def lend(fleet: Fleet) -> None:
 )  # fmt: skip
 def test_waiting_for_a_loan(transport: str, event: str) -> None:
     # While processes start and ZeroMQ carries bytes nobody gets on: little time is for who is to be found halted.
-    options = FleetOptions(transport=transport, plane="message", stall_timeout_s=PATIENCE_S)
+    options = FleetOptions(transport=transport, plane="message", stall_timeout_s=LATE_S)
     with Fleet(parse_workers("cpu:2", 1), options) as fleet:
         lend(fleet)
         pids = [process.pid for process in fleet.processes]
@@ -85,7 +86,7 @@ def test_waiting_for_a_loan(transport: str, event: str) -> None:
             with pytest.raises(CrossdockError, match=halted):
                 fleet.gather([SENDER])
         began = time.monotonic()
-    assert time.monotonic() - began < PATIENCE_S
+    assert time.monotonic() - began < LATE_S
     assert not os.path.exists(directory)
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
