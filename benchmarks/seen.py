@@ -44,7 +44,10 @@ class Placement:
 @dataclass(slots=True)
 class Seen:
     """Samples of one placement: whole steps, what of them is outside of operations, and how long each worker computed;
-    each run of ops with its worker and split, from steps that are noted; the same of `further` graphs by name."""
+    each run of ops with its worker and split, from steps that are noted; the same of `further` graphs by name.
+
+    `probes` are what the calibrated `case` took in between: how much of the machine neighbours left to either.
+    """
 
     walls: list[float] = field(default_factory=list)
     outside: list[float] = field(default_factory=list)
@@ -53,12 +56,15 @@ class Seen:
     lowered: Lowered | None = None
     names: Sequence[str] = ()
     further: dict[str, Seen] = field(default_factory=dict)
+    case: str = ""
+    probes: list[float] = field(default_factory=list)
 
     def add(self, other: Seen) -> None:
         """Put samples of a further round to these: the program is the same whenever it is measured."""
-        self.lowered, self.names = other.lowered, other.names
+        self.lowered, self.names, self.case = other.lowered, other.names, other.case
         self.walls += other.walls
         self.outside += other.outside
+        self.probes += other.probes
         for worker, seconds in other.computed.items():
             self.computed.setdefault(worker, []).extend(seconds)
         self.runs = self.runs or [(worker, split, []) for worker, split, _ in other.runs]
@@ -66,6 +72,10 @@ class Seen:
             mine += more
         for name, seen in other.further.items():
             self.further.setdefault(name, Seen()).add(seen)
+
+    def slower(self, calibrated: Mapping[str, Sequence[float]]) -> float:
+        """How many times as long the case took as when it was calibrated."""
+        return typical(self.probes) / typical(calibrated[self.case])
 
     def take(self, timed: Timed) -> None:
         """A whole step."""

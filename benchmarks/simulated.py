@@ -14,7 +14,7 @@ from benchmarks.models import model_file
 from benchmarks.rivals import tokens
 from benchmarks.seen import Pair, Placement, Seen
 from coordinator.cli.calibrate import Calibrator, Measured, fitted, write
-from coordinator.cli.calibrate_measure import Effort, Raw
+from coordinator.cli.calibrate_measure import Effort, Operations, Raw
 from coordinator.cli.calibrate_rig import Timed, timed_step
 from coordinator.cli.options import DEMO_IMAGE
 from coordinator.cli.simulate_model import machine_of
@@ -30,6 +30,7 @@ from coordinator.runtime.stopwatch import Stopwatch
 from coordinator.schedule.lower import Lowered
 from coordinator.schedule.placement import PlacementOptions
 from coordinator.simulate.calibrate_fit import typical
+from coordinator.simulate.calibrate_layers import MIDDLE, SMALL
 from coordinator.simulate.engine import simulate
 from coordinator.simulate.lowered import time_program
 from coordinator.simulate.machine import Machine
@@ -45,13 +46,17 @@ FURTHER, PROMPT = 2, 64
 SPLIT_WITHIN, STEP_WITHIN, FURTHER_WITHIN = 0.20, 0.10, 0.15
 ROUNDS = 5
 """How often everything is measured."""
-STEPS_S, FURTHER_S = 0.5, 0.15
+STEPS_S, FURTHER_S = 1.0, 0.15
 """For so long decode steps of a placement, and each further graph, are measured each time: what is short would else be
 taken in one moment, which may be a neighbour's."""
-IN_A_ROW = {"demo": (16, 64), "smollm2-q4_1": (5, 20)}
+IN_A_ROW = {"demo": (16, 64), "smollm2-q4_1": (3, 8)}
 """Steps of a program that do not count, and that do: who has just run another one is not yet where tokens find it."""
+WARM, COLD = f"few layers of {SMALL[0]}", f"layers of {MIDDLE[1]} from memory"
+PROBES = {"demo": (WARM, 8), "smollm2-q4_1": (COLD, 2)}
+"""The calibrated case that is measured before steps of a model, and how often."""
 EFFORT, BETWEEN = Effort(3, 4, quick=True), 5
 """A calibration, and before how many placements."""
+Work = Callable[[], tuple[StepResult, Shipped]]
 LONG_S = 20e-6
 """Shorter runs of ops, an embedding or the last norm, are also counted for themselves."""
 
@@ -60,9 +65,10 @@ def rows(quick: bool) -> Iterator[Row]:
     """A row for each placement, then the shares that are close enough.
 
     How much of the machine neighbours leave changes from minute to minute: calibrations and placements are measured in
-    turns, round after round, and what counts is what all rounds say together. Models are copied first: where
-    the pages of a file lie in memory depends on how it came there, and some files were a third slower to read than a
-    copy of them.
+    turns, round after round, and what counts is what all rounds say together. What is simulated is multiplied by what
+    a calibrated case took in the same moments as the placement, over what it took in calibrations. Models are copied
+    first: where the pages of a file lie in memory depends on how it came there, and some files were a third slower to
+    read than a copy of them.
     """
     placements, raw = list(_placements(quick)), Raw({}, {}, {})
     rounds: list[list[Seen]] = []
@@ -80,16 +86,17 @@ def rows(quick: bool) -> Iterator[Row]:
         seen, modelled = Seen(), _machine(placement, calibration)
         for one in of_rounds:
             seen.add(one)
-        step_s, parts = _compare(placement, seen, modelled)
+        slower = seen.slower(raw.ops)
+        step_s, parts = _compare(placement, seen, modelled, slower)
         step = Pair(str(placement), typical(seen.walls), step_s, [typical(one.walls) for one in of_rounds])
         steps.append(step)
         splits += parts
         for name, of_name in seen.further.items():
-            whole_s, of_whole = _compare(placement, of_name, modelled)
+            whole_s, of_whole = _compare(placement, of_name, modelled, of_name.slower(raw.ops))
             wholes, its_splits = further.setdefault(name, ([], []))
             wholes.append(Pair(str(placement), typical(of_name.walls), whole_s))
             its_splits += of_whole
-        yield _row(step, parts, typical(seen.outside))
+        yield _row(step, parts, f"machine {slower - 1.0:+.0%}; {typical(seen.outside) * 1e6:.0f} us outside of ops")
     yield _share(f"decode steps within {STEP_WITHIN:.0%}", steps, STEP_WITHIN)
     yield _share(f"splits within {SPLIT_WITHIN:.0%}", splits, SPLIT_WITHIN)
     longer = [pair for pair in splits if pair.real >= LONG_S]
@@ -107,7 +114,7 @@ def _round(calibrator: Calibrator, raw: Raw, placements: Sequence[tuple[Placemen
     for number, (placement, file) in enumerate(placements):
         if number % BETWEEN == 0:
             raw.add(calibrator.measure(EFFORT, lambda _: None))
-        found.append(_measure(placement, file))
+        found.append(_measure(placement, file, calibrator.operations))
     return found
 
 
@@ -126,43 +133,52 @@ def _placements(quick: bool) -> Iterator[Placement]:
             yield from (Placement(model, workers, n) for n in (chosen[1::2] if quick else chosen))
 
 
-def _measure(placement: Placement, file: Path) -> Seen:
+def _measure(placement: Placement, file: Path, operations: Operations) -> Seen:
     """Whole steps, and in between steps in which workers note when each run of ops began and ended."""
     alone, seen = placement.workers == WORKERS[0], Seen()
-    settling, settled = IN_A_ROW[placement.model]
     with Fleet(parse_workers(placement.workers, 1), FleetOptions()) as fleet:
         layers = None if alone else placement.layers
         session, images = _opened(fleet, placement, file, layers)
         while session.n_past < DEPTH:
             session.evaluate([5] * min(64, DEPTH - session.n_past))
-        plain, watch = session.evaluator, Stopwatch(keep=True)
-        noting = Evaluator(fleet, session.memory, session.schedulers, stopwatch=watch)
-        for _ in _again(STEPS_S):
-            session.evaluator = plain
-            for number in range(settling + settled):
-                timed, shipped = _timed(lambda: _decode(session))
-                if number >= settling:
-                    seen.take(timed)
-            session.evaluator = noting
-            for number in range(settling + settled):
-                _decode(session)
-                times = watch.taken.pop().times
-                if number >= settling:
-                    seen.note(session, shipped, times)
-        graphs = {"a prompt": lambda: _prompt(session)}
+        sampler = _Sampler(session, operations)
+        sampler.sample(seen, lambda: _decode(session), STEPS_S, *IN_A_ROW[placement.model], *PROBES[placement.model])
+        graphs: dict[str, Work] = {"a prompt": lambda: _prompt(session)}
         if images:
             graphs["an image"] = lambda: session.encode(0, images[0])
         for name, work in graphs.items():
-            into = seen.further.setdefault(name, Seen())
-            for _ in _again(FURTHER_S):
-                session.evaluator = plain
-                for _ in range(FURTHER):
-                    into.take(_timed(work)[0])
-                session.evaluator = noting
-                for _ in range(FURTHER):
-                    shipped = work()[1]
-                    into.note(session, shipped, watch.taken.pop().times)
+            sampler.sample(seen.further.setdefault(name, Seen()), work, FURTHER_S, 0, FURTHER, *PROBES["demo"])
     return seen
+
+
+class _Sampler:
+    """Takes samples of a session's steps, and of a calibrated case in between."""
+
+    def __init__(self, session: Session, operations: Operations) -> None:
+        self._session, self._operations, self._watch = session, operations, Stopwatch(keep=True)
+        self._plain = session.evaluator
+        self._noting = Evaluator(session.fleet, session.memory, session.schedulers, stopwatch=self._watch)
+
+    def sample(
+        self, seen: Seen, work: Work, seconds: float, settling: int, settled: int, case: str, n_probes: int
+    ) -> None:
+        """For so long: steps as they are and steps that are noted, in turns, each behind `settling` that do not count
+        and `n_probes` of the case."""
+        seen.case = case
+        for _ in _again(seconds):
+            seen.probes += [self._operations.once(case) for _ in range(n_probes)]
+            self._session.evaluator = self._plain
+            for number in range(settling + settled):
+                timed, shipped = _timed(work)
+                if number >= settling:
+                    seen.take(timed)
+            seen.probes += [self._operations.once(case) for _ in range(n_probes)]
+            self._session.evaluator = self._noting
+            for number in range(settling + settled):
+                work()
+                times = self._watch.taken.pop().times
+                if number >= settling:
+                    seen.note(self._session, shipped, times)
 
 
 def _again(seconds: float) -> Iterator[None]:
@@ -204,20 +220,21 @@ def _prompt(session: Session) -> tuple[StepResult, Shipped]:
     return session.evaluate([5] * PROMPT)[1:]
 
 
-def _timed(work: Callable[[], tuple[StepResult, Shipped]]) -> tuple[Timed, Shipped]:
+def _timed(work: Work) -> tuple[Timed, Shipped]:
     """One evaluation, and what ran."""
     result, shipped = work()
     return timed_step(result), shipped
 
 
-def _compare(placement: Placement, seen: Seen, machine: Machine) -> tuple[float, list[Pair]]:
-    """Seconds of the simulated step, and each run of ops, measured and simulated."""
+def _compare(placement: Placement, seen: Seen, machine: Machine, slower: float) -> tuple[float, list[Pair]]:
+    """Seconds of the simulated step, and each run of ops, measured and simulated; the machine was so much slower."""
     assert seen.lowered is not None
     step_s, runs_s = _simulated(seen.lowered, machine)
     splits = [
-        Pair(f"{placement}: {name}", real, seconds) for (name, real), seconds in zip(seen.splits(), runs_s, strict=True)
+        Pair(f"{placement}: {name}", real, slower * seconds)
+        for (name, real), seconds in zip(seen.splits(), runs_s, strict=True)
     ]
-    return step_s, splits
+    return slower * step_s, splits
 
 
 def _simulated(lowered: Lowered, machine: Machine) -> tuple[float, list[float]]:
@@ -232,13 +249,12 @@ def _simulated(lowered: Lowered, machine: Machine) -> tuple[float, list[float]]:
     return line.end_s, runs
 
 
-def _row(step: Pair, splits: Sequence[Pair], outside_s: float) -> Row:
+def _row(step: Pair, splits: Sequence[Pair], about: str) -> Row:
     note = "; ".join(f"{p.name.rpartition(': ')[2]} {p.real * 1e6:.0f} us {p.error:+.0%}" for p in splits)
-    note = f"{outside_s * 1e6:.0f} us outside of ops; {note}"
     low, high = quartiles(sorted(step.simulated / real for real in step.rounds))
     return Row(
         "simulated", step.name, step.real * 1e6, "us", step.simulated * 1e6, "simulated", 1.0 + step.error, low, high,
-        len(step.rounds), note,
+        len(step.rounds), f"{about}; {note}",
     )  # fmt: skip
 
 

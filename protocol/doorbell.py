@@ -11,36 +11,47 @@ import numpy.typing as npt
 
 from protocol.futex import Futex
 
-_LEAST, _MOST, _YIELD = 20, 5000, 20
-_SHORT_NS, _VAIN, _BUSY = 300_000, 100, 1000
+_POLLS = 20
+_LEAST_NS, _FIRST_NS, _MOST_NS, _SLICE_NS = 1_000, 64_000, 300_000, 300_000
+_LEAST_SLEEPS, _MOST_SLEEPS = 8, 4096
 
 
 class Patience:
-    """How often a waiter polls before it sleeps, learnt as in workers' compiled code (workers/kernels/team.py says why
-    each number is what it is; a poll takes twice as long here)."""
+    """How long a waiter polls before it sleeps, learnt as in workers' compiled code (workers/kernels/team.py says why
+    each number is what it is; a poll takes longer here)."""
 
-    __slots__ = ("_sleeps", "polls")
+    __slots__ = ("_losses", "_sleeps", "ns")
 
     def __init__(self) -> None:
-        self.polls = _LEAST
-        self._sleeps = 0
+        self.ns = _FIRST_NS
+        self._sleeps = self._losses = 0
 
-    def helped(self, n: int) -> None:
-        """The value changed before poll number `n`."""
-        self.polls = max(min(2 * n, _MOST), self.polls - self.polls // 16, _LEAST)
+    @property
+    def polls(self) -> bool:
+        """False for one who had better sleep at once."""
+        return not self._sleeps
+
+    def early(self) -> None:
+        """The value changed before the first yield."""
+        self.ns = max(self.ns - self.ns // 16, _LEAST_NS)
+
+    def helped(self, ns: int) -> None:
+        """The value changed within so many nanoseconds of polling and yielding."""
+        self.ns = max(min(2 * ns, _MOST_NS), self.ns - self.ns // 16, _LEAST_NS)
+        self._losses = max(self._losses - 1, 0)
+
+    def lost(self) -> None:
+        """A yield took so long that somebody else must have had the processor, or the machine stood still."""
+        self._sleeps = self._losses = min(max(4 * self._losses, _LEAST_SLEEPS), _MOST_SLEEPS)
 
     def slept(self, ns: int) -> None:
         """Polling was not enough, and so long a sleep followed."""
-        if ns >= _SHORT_NS or self._sleeps:
-            self.polls, self._sleeps = max(self.polls // 2, _LEAST), max(self._sleeps - 1, 0)
-        elif self.polls < _MOST:
-            self.polls = min(4 * self.polls, _MOST)
+        if self._sleeps:
+            self._sleeps -= 1
+        elif self.ns + ns >= _MOST_NS:
+            self.ns = max(self.ns // 2, _LEAST_NS)
         else:
-            self.give_up(_VAIN)
-
-    def give_up(self, sleeps: int) -> None:
-        """Whoever is to ring has likely no processor because of us, or somebody else has ours: sleep that often."""
-        self.polls, self._sleeps = _LEAST, sleeps
+            self.ns = min(4 * self.ns, _MOST_NS)
 
 
 class Doorbells:
@@ -70,20 +81,32 @@ class Doorbells:
 
         A signal may end it early. It polls for a while before it sleeps.
         """
+        if self._polled(word, seen, patience):
+            return True
         cells = self.cells
-        for n in range(patience.polls):
-            if cells[word] != seen:
-                patience.helped(n)
-                return True
-            if n >= _LEAST and n % _YIELD == 0:
-                since = perf_counter_ns()
-                os.sched_yield()  # Linux has it, and only there is a futex
-                if perf_counter_ns() - since >= _SHORT_NS:
-                    patience.give_up(_BUSY)
-                    break
         since = perf_counter_ns()
         cells[word + 1] = 1
         self._futex.wait(self._address + 4 * word, seen, timeout_s)
         cells[word + 1] = 0
         patience.slept(perf_counter_ns() - since)
         return cells[word] != seen
+
+    def _polled(self, word: int, seen: int, patience: Patience) -> bool:
+        """Poll for a while; whether the value changed."""
+        cells = self.cells
+        for _ in range(_POLLS):
+            if cells[word] != seen:
+                patience.early()
+                return True
+        since = now = perf_counter_ns()
+        while patience.polls and now - since < patience.ns:
+            os.sched_yield()  # Linux has it, and only there is a futex
+            if perf_counter_ns() - now >= _SLICE_NS:
+                patience.lost()
+                break
+            for _ in range(_POLLS):
+                if cells[word] != seen:
+                    patience.helped(now - since)
+                    return True
+            now = perf_counter_ns()
+        return bool(cells[word] != seen)

@@ -148,7 +148,7 @@ class Executor:
         self._memory = np.zeros(team.CONTROL_WORDS + 16, np.int32)
         skip = -self._memory.ctypes.data % _ALIGNMENT // 4
         self._control = self._memory[skip : skip + team.CONTROL_WORDS]
-        self._control[[team.JOB_SPINS, team.PHASE_SPINS]] = team.LEAST_SPINS
+        self._control[[team.JOB_PATIENCE, team.PHASE_PATIENCE]] = team.FIRST_NS
         self._address = int(self._control.ctypes.data)
         self._lock = threading.Lock()
         self._closed = False

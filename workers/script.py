@@ -76,7 +76,7 @@ def script_of(
     head[:6] = message.program, len(rows), len(message.inputs), n_outputs, received, n_last
     head[steps.CHECKS] = 0 if checks is None else checks.address
     head[steps.TIMES] = 0 if times is None else times.ctypes.data
-    head[steps.IDLE_SPINS] = team.LEAST_SPINS
+    head[steps.IDLE_PATIENCE] = team.FIRST_NS
     table = np.array(rows, np.int64).reshape(-1)
     block = np.concatenate([head, table, np.array(places, np.int64).reshape(-1)])
     return Script(block, int(block.ctypes.data), message.program, received, checks, times)
@@ -90,13 +90,13 @@ def _row(number: int, item: Instruction, arenas: Arenas, plane: SharedPlane, bui
     if item.kind is Kind.SEND:
         return (*head, board.published(item.transfer), 0, 0, 0, 0, 0)
     if item.kind is Kind.WAIT:
-        return (*head, board.acknowledged(item.transfer), 0, 0, 0, 0, team.LEAST_SPINS)
+        return (*head, board.acknowledged(item.transfer), 0, 0, 0, 0, team.FIRST_NS)
     target = arenas.address(item.arena) + item.offset
     if item.kind is Kind.COPY:
         return (*head, 0, target, arenas.address(item.src[0]) + item.src[1], item.nbytes, 0, 0)
     source = plane.mapped[item.peer, item.src[0]].address + item.src[1]
     bells = board.published(item.transfer), board.acknowledged(item.transfer)
-    return (*head, bells[0], target, source, item.nbytes, bells[1], team.LEAST_SPINS)
+    return (*head, bells[0], target, source, item.nbytes, bells[1], team.FIRST_NS)
 
 
 class Walker:

@@ -90,14 +90,14 @@ class Calibrator:
 
     def __init__(self, threads: int, *, quick: bool, messages: bool = True) -> None:
         chain = parse_workers(CHAIN, threads)
-        self._operations = Operations(chain, room_of(), quick=quick)
-        self._shared = Chains(chain)
-        self._messages = Chains(chain, "message") if messages else None
+        self.operations = Operations(chain, room_of(), quick=quick)
+        self._shared = Chains(chain, room_of())
+        self._messages = Chains(chain, room_of(), "message") if messages else None
         self._stack = ExitStack()
 
     def __enter__(self) -> Calibrator:
         with ExitStack() as stack:
-            for part in (self._operations, self._shared, self._messages):
+            for part in (self.operations, self._shared, self._messages):
                 if part is not None:
                     stack.enter_context(part)
             self._stack = stack.pop_all()
@@ -108,7 +108,7 @@ class Calibrator:
 
     def measure(self, effort: Effort, progress: Progress) -> Raw:
         """Samples of everything."""
-        ops = self._operations.measure(effort.op_rounds, progress)
+        ops = self.operations.measure(effort.op_rounds, progress)
         steps = self._shared.measure(effort.step_rounds, progress)
         messages = steps if self._messages is None else self._messages.measure(effort.step_rounds, progress)
         return Raw(ops, steps, {name: list(seconds) for name, seconds in messages.items()})

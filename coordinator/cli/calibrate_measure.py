@@ -19,7 +19,7 @@ from coordinator.simulate.hardware import FREE, Cost, Toll, Work
 from coordinator.simulate.work import work_of
 from protocol.dtypes import DType
 from protocol.messages import Port
-from protocol.program import Instruction, Kind
+from protocol.program import Instruction, Kind, OpRecord
 
 BUSY_NBYTES: Final = 500 << 10
 """A worker of a chain computes over so many bytes of weights, as one of a small model: its peers fall asleep."""
@@ -47,8 +47,12 @@ _AFTER: Final = "after a sweep"
 SWEEP_NBYTES: Final = 40 << 20
 """A worker reads so much, a token's time in a model that no cache holds, to drive everything else out of the cache."""
 
-_MODELS: Final = {"": (SMALL[0], BUSY_NBYTES), f" {_AFTER}": (LARGE[0], SWEEP_NBYTES)}
-"""What is computed around noted runs: layers on one worker, an output on the other, each of about so many bytes."""
+_BEHIND: Final = " behind others"
+"""Another worker has read all that a machine's caches hold, and more, since this one's last run of ops."""
+_ENDS: Final = {
+    "": (SMALL[0], BUSY_NBYTES), f" {_AFTER}": (LARGE[0], SWEEP_NBYTES), _BEHIND: (LARGE[0], SWEEP_NBYTES)
+}  # fmt: skip
+"""Layers of which noted runs compute the ends, and bytes of their output, on the worker that is noted."""
 
 Progress = Callable[[str], None]
 
@@ -117,7 +121,7 @@ class Operations:
     def __init__(self, topology: Topology, room: Room, *, quick: bool) -> None:
         self.room, self.quick = room, quick
         self._rig = Rig(Topology(topology.workers[-1:]), [room.nbytes])
-        self._loaded: list[tuple[Case, Loaded]] = []
+        self._loaded: dict[str, tuple[Case, Loaded]] = {}
 
     def __enter__(self) -> Operations:
         with ExitStack() as stack:
@@ -125,7 +129,7 @@ class Operations:
             for offset, data in first_bytes(self.room):
                 rig.write(0, offset, data)
             every = (*every_case(self.room, quick=self.quick), *layer_cases(self.room))
-            self._loaded = [(case, rig.ship(case.name, {0: Share(case.ops)})) for case in every]
+            self._loaded = {case.name: (case, rig.ship(case.name, {0: Share(case.ops)})) for case in every}
             stack.pop_all()
         return self
 
@@ -134,14 +138,19 @@ class Operations:
 
     def measure(self, rounds: int, progress: Progress) -> Samples:
         """Seconds of every case, by its name."""
-        seconds: Samples = {case.name: [] for case, _ in self._loaded}
+        seconds: Samples = {name: [] for name in self._loaded}
         for number in range(rounds):
             progress(f"operations, round {number + 1} of {rounds}")
-            for case, program in self._loaded:
-                for _ in range(0 if case.missed else case.before):
-                    program.run()
-                seconds[case.name].append(program.timed().compute_s[0])
+            for name in self._loaded:
+                seconds[name].append(self.once(name))
         return seconds
+
+    def once(self, name: str) -> float:
+        """Seconds of the case of this name, this time."""
+        case, program = self._loaded[name]
+        for _ in range(0 if case.missed else case.before):
+            program.run()
+        return program.timed().compute_s[0]
 
 
 def samples_of(room: Room, effort: Effort, seconds: Samples) -> list[Sample]:
@@ -161,9 +170,11 @@ def mixtures_of(room: Room, seconds: Samples, first_s: float) -> list[tuple[list
 class Chains:
     """Three idle workers, the host last, that hold chains of one, two and three of them. Use as a context manager."""
 
-    def __init__(self, topology: Topology, plane: str | None = None) -> None:
-        self._room = Room(Rig.ARENA, SWEEP_NBYTES)
-        self._rig = Rig(topology, [self._room.nbytes] * len(topology.workers), plane)
+    def __init__(self, topology: Topology, far: Room, plane: str | None = None) -> None:
+        """`far` has more weights than all caches hold."""
+        self._room, self._far = Room(Rig.ARENA, SWEEP_NBYTES), far
+        others = [self._room.nbytes] * (len(topology.workers) - 1)
+        self._rig = Rig(topology, [max(far.nbytes, self._room.nbytes), *others], plane)
         self._programs: dict[str, Loaded] = {}
         self._noted: dict[str, Loaded] = {}
 
@@ -174,8 +185,10 @@ class Chains:
                 for offset, data in first_bytes(self._room):
                     rig.write(worker, offset, data)
             self._programs = _programs(rig, self._room)
-            for after, (shape, nbytes) in _MODELS.items():
-                self._noted[after] = rig.ship("split", noted_shares(self._room, shape, nbytes), noted=True)
+            for after, (shape, nbytes) in _ENDS.items():
+                others = layers(self._far, LARGE[0], self._far.cold_nbytes) if after == _BEHIND else ()
+                shares = noted_shares(self._room, shape, nbytes, others or layers(self._room, shape, 1))
+                self._noted[after] = rig.ship("noted", shares, noted=True)
             stack.pop_all()
         return self
 
@@ -195,8 +208,10 @@ class Chains:
                 for _ in range(_IN_A_ROW if is_long else _SETTLED):
                     seconds[name].append(program.timed().outside_s)
             for after, program in self._noted.items():
-                program.noted(2, ())
-                for _ in range(_IN_A_ROW):
+                is_long = bool(after)
+                for _ in range(1 if is_long else _SETTLING):
+                    program.noted(2, ())
+                for _ in range(_IN_A_ROW if is_long else _SETTLED):
                     for name, took in zip(_NOTED, program.noted(2, list(_NOTED.values())), strict=True):
                         seconds[name + after].append(took)
         return seconds
@@ -218,14 +233,14 @@ def fit_steps(seconds: Samples, costs: Mapping[str, Cost], mixed: Toll = FREE) -
 
 
 def _toll(name: str, outside: Mapping[str, float], costs: Mapping[str, Cost], mixed: Toll) -> Toll:
-    """What a noted run took besides its op, warm and behind an emptied cache."""
+    """What a noted run took besides its op: warm, behind an emptied cache, and when others have read much besides."""
     left = []
-    for after, (shape, nbytes) in _MODELS.items():
+    for after, (shape, nbytes) in _ENDS.items():
         of = ends(Room(Rig.ARENA, SWEEP_NBYTES), shape, nbytes, 0)
         work, missed = work_of({"first": of.lookup, "split": of.norm}[name]), float(bool(after))
         left.append(max(0.0, outside[name + after] - costs[work.key].seconds(work, missed) - mixed.seconds(missed)))
-    base_s, cold_s = left
-    return Toll(base_s, max(0.0, cold_s - base_s))
+    base_s, cold_s, far_s = left
+    return Toll(base_s, max(0.0, cold_s - base_s), max(0.0, far_s - max(base_s, cold_s)))
 
 
 def _prices(outside: Mapping[str, float], hops: Sequence[tuple[int, int]], after: str) -> list[float]:
@@ -264,15 +279,15 @@ def _programs(rig: Rig, room: Room) -> dict[str, Loaded]:
     return found
 
 
-def noted_shares(room: Room, shape: Shape, nbytes: int) -> dict[int, Share]:
-    """The ends of a model on worker 2 around its layers on worker 0.
+def noted_shares(room: Room, shape: Shape, nbytes: int, others: Sequence[OpRecord]) -> dict[int, Share]:
+    """The ends of a model on worker 2 around what another one computes, worker 0.
 
     The two runs that are noted are of different ops with data of their own. Were the second one like the first, it
     would find its code and data where that left them, in its own processor's cache, whatever others read meanwhile.
     """
     handed = DType.F32.row_nbytes(shape.width)
     ops = ends(room, shape, nbytes, _into(handed)).ops
-    shares = chain([Share(ops), Share(layers(room, shape, nbytes)), Share(ops)], [2, 0, 2], handed)
+    shares = chain([Share(ops), Share(others), Share(ops)], [2, 0, 2], handed)
     program = [*shares[2].instructions, Instruction(Kind.RUN, len(ops) - 1, len(ops), 2)]
     for op, number in enumerate(_NOTED.values()):
         program[number] = replace(program[number], first=op, last=op + 1)

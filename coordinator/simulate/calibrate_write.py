@@ -79,8 +79,11 @@ def network_text(about: Sequence[str], link: Link) -> str:
     )
 
 
-def _toll(name: str, toll: Toll) -> tuple[str, str]:
-    return f"{name}_us = {toll.base_s * 1e6:.4g}", f"{name}_missed_us = {toll.missed_s * 1e6:.4g}"
+def _toll(name: str, toll: Toll) -> Iterator[str]:
+    yield f"{name}_us = {toll.base_s * 1e6:.4g}"
+    yield f"{name}_missed_us = {toll.missed_s * 1e6:.4g}"
+    if toll.others_s:
+        yield f"{name}_others_us = {toll.others_s * 1e6:.4g}"
 
 
 def _rates(found: Calibration) -> dict[str, float]:

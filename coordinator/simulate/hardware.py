@@ -91,15 +91,20 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Toll:
-    """What something costs each time, in seconds, and how much more at most when weights have driven everything else
-    out of the cache."""
+    """What something costs each time, in seconds; how much more at most when weights have driven everything else out of
+    the cache, and, of a worker's run of ops, when other workers read FAR caches' bytes in a step."""
 
     base_s: float = 0.0
     missed_s: float = 0.0
+    others_s: float = 0.0
 
-    def seconds(self, missed: float) -> float:
-        """With this share of the weights not in the cache."""
-        return self.base_s + missed * self.missed_s
+    def seconds(self, missed: float, others: float = 0.0) -> float:
+        """With this share of the weights not in the cache, and that share of FAR caches read by others."""
+        return self.base_s + missed * self.missed_s + others * self.others_s
+
+
+FAR: Final = 3.0
+"""So many caches' bytes leave nothing of what was in the cache before, nor of where to find it."""
 
 
 FREE: Final = Toll()
@@ -167,6 +172,10 @@ class DeviceModel:
         Misses begin before the cache is full; the square is what one machine showed.
         """
         return min(1.0, nbytes / self.cache_nbytes) ** 2 if self.cache_nbytes else 0.0
+
+    def lost(self, nbytes: int) -> float:
+        """How much a worker's run of ops has lost of what it left, when others read so many bytes in a step: 0 to 1."""
+        return min(1.0, nbytes / (FAR * self.cache_nbytes)) if self.cache_nbytes else 0.0
 
     def busy_s(self, work: Work) -> float:
         """How long `work` takes once it has been launched."""

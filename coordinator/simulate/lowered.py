@@ -85,8 +85,9 @@ class _Timing:
         self.host = len(models) - 1
         self.hops = [self._hop(transfer) for transfer in lowered.transfers]
         self.known: dict[tuple[int, Work], float] = {}
-        on_chip = (p.ops for p, model in zip(lowered.programs, models, strict=True) if model.cache_nbytes)
-        self.footprint = sum(map(weight_footprint, on_chip))
+        programs = zip(lowered.programs, models, strict=True)
+        self.footprints = [weight_footprint(p.ops) if model.cache_nbytes else 0 for p, model in programs]
+        self.footprint = sum(self.footprints)
 
     def run(self, name: str, buffered: bool) -> Timed:
         for worker in range(len(self.models)):
@@ -97,7 +98,7 @@ class _Timing:
 
     def _worker(self, worker: int) -> list[Act]:
         model, program = self.models[worker], self.lowered.programs[worker]
-        missed = model.missed(self.footprint)
+        missed, lost = model.missed(self.footprint), model.lost(self.footprint - self.footprints[worker])
         overhead = model.first
         acts: list[Act] = []
         if program.instructions and model.step_s:
@@ -109,7 +110,7 @@ class _Timing:
             if item.kind is Kind.RUN:
                 ops = program.ops[item.first : item.last]
                 seconds = sum(self._seconds(worker, work_of(op, self.streams)) for op in ops)
-                seconds += overhead.seconds(missed)
+                seconds += overhead.seconds(missed, lost)
                 overhead = model.split
                 acts.append(Act(Do.RUN, seconds, -1, item.split))
             elif item.kind is Kind.COPY:

@@ -69,9 +69,9 @@ class Table:
         return float(value)
 
     def toll(self, key: str, default: Toll) -> Toll:
-        """`key`_us and `key`_missed_us."""
-        base_us = self.number(f"{key}_us", default.base_s * 1e6, high=1e9)
-        return Toll(base_us * 1e-6, self.number(f"{key}_missed_us", default.missed_s * 1e6, high=1e9) * 1e-6)
+        """`key`_us, `key`_missed_us and `key`_others_us."""
+        parts = (("us", default.base_s), ("missed_us", default.missed_s), ("others_us", default.others_s))
+        return Toll(*(self.number(f"{key}_{name}", seconds * 1e6, high=1e9) * 1e-6 for name, seconds in parts))
 
     def text(self, key: str, default: str | None = None, choices: tuple[str, ...] = ()) -> str:
         """A string, one of `choices` where there are any."""

@@ -30,6 +30,7 @@ from workers.kernels.simd import (
     max_f32x8,
     max_of_f32x8,
     mul_f32x8,
+    prefetch,
     select_f32x8,
     splat_f32x8,
     store_f32,
@@ -46,6 +47,10 @@ DST, Q, K, V, MASK = row.DST, row.SRC[0], row.SRC[1], row.SRC[2], row.SRC[3]
 
 ROWS = 4 * TILE_ROWS
 """Rows (query positions times heads of one key head) that share a pass over the keys."""
+
+FAR_NBYTES = 1 << 15
+"""One token's attention over so many bytes of keys finds them, and as many values, in memory: all layers have some. Of
+several tokens the second tile of rows finds what the first one read."""
 
 _MINUS_INFINITY = np.float32(-np.inf)
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
@@ -205,6 +210,19 @@ def _block(
 
 
 @njit(**INNER)
+def _fetch_ahead(r: int, operand: int, head: int, batch: int, at: int) -> None:
+    """Ask for a block of keys or values: rows of one head lie too far apart, and are too short, for the processor to
+    guess. From memory that made attention twice as slow as its bytes.
+    """
+    step, nbytes = stride(r, operand, 1), extent(r, operand, 0) * stride(r, operand, 0)
+    line = row_address(r, operand, at, head, batch)
+    for _ in range(min(KEYS, extent(r, operand, 1) - at)):
+        for within in range(0, nbytes, 64):
+            prefetch(line + within)
+        line += step
+
+
+@njit(**INNER)
 def _store_results(
     r: int, work: int, m0: int, m: int, group: int, head: int, batch: int, padded: int, results: int
 ) -> None:
@@ -234,6 +252,7 @@ def flash_attention(r: int, ith: int, nth: int) -> None:
     group = extent(r, Q, 2) // heads
     rows = group * extent(r, Q, 1)
     tiles = (rows + ROWS - 1) // ROWS
+    is_far = tiles == 1 and n_keys * stride(r, K, 1) > FAR_NBYTES
     unit, end = share(tiles * heads * extent(r, Q, 3), ith, nth)
     while unit < end:
         m0 = unit % tiles * ROWS
@@ -246,6 +265,12 @@ def flash_attention(r: int, ith: int, nth: int) -> None:
             if word(r, MASK) != 0:
                 first, last = _open_keys(r, work, m0, m, group, head, batch, at, n)
             if last > first:
+                if is_far:
+                    _fetch_ahead(r, V, head, batch, at)
+                    if at + KEYS < n_keys:
+                        _fetch_ahead(r, K, head, batch, at + KEYS)
+                    elif unit + 1 < end:
+                        _fetch_ahead(r, K, (unit + 1) % heads, (unit + 1) // heads, 0)
                 _block(r, work, m0, m, group, head, batch, at, n, first, last, padded, results, keys, values)
         _store_results(r, work, m0, m, group, head, batch, padded, results)
         unit += 1

@@ -14,7 +14,7 @@ from workers.kernels.steps import (
     END,
     IDLE,
     IDLE_NAP,
-    IDLE_SPINS,
+    IDLE_PATIENCE,
     LINE,
     N_INPUTS,
     N_LAST,
@@ -159,8 +159,8 @@ def serve(control: int, program: int) -> int:
         taken = load_i64(control + 8 * N_TAKEN)
         bell = box + 4 * POSTED
         if word32(bell) == taken:
-            if not poll(bell, signed(taken), program + 8 * IDLE_SPINS):
-                sleep(bell, signed(taken), program + 8 * IDLE_SPINS, control + 8 * IDLE_NAP)
+            if not poll(bell, signed(taken), program + 8 * IDLE_PATIENCE):
+                sleep(bell, signed(taken), program + 8 * IDLE_PATIENCE, control + 8 * IDLE_NAP)
             continue
         if lent:
             get_back(control, program, signed(step))

@@ -31,12 +31,12 @@ CONTROL_WORDS = 32
 NUMBER, N_ROWS, N_INPUTS, N_OUTPUTS, RECEIVED, N_LAST = 0, 1, 2, 3, 4, 5  # N_LAST: how many of the rows are last WAITs
 CHECKS = 6  # address of strict ownership's block of checks (kernels/shadow.py), 0 without
 TIMES = 7  # address of a table (protocol/timing.py) of when each row began and ended, and the step; 0: nobody asks
-IDLE_SPINS = 8  # polls before it sleeps until the next step
+IDLE_PATIENCE = 8  # how long it polls for the next step; see `poll`
 ROWS = 9
 
-# Words of a row: what it does, its number and split for the board, addresses, and polls before it sleeps: each wait of
+# Words of a row: what it does, its number and split for the board, addresses, and how long it polls: each wait of
 # a program takes about as long in each step
-KIND, INDEX, SPLIT, WORD, TARGET, SOURCE, SIZE, ACKNOWLEDGED, SPINS = 0, 1, 2, 3, 4, 5, 6, 7, 8
+KIND, INDEX, SPLIT, WORD, TARGET, SOURCE, SIZE, ACKNOWLEDGED, PATIENCE = 0, 1, 2, 3, 4, 5, 6, 7, 8
 ROW_WORDS = 9
 PLACE_WORDS = 2  # of an input or output: address, bytes
 
@@ -78,13 +78,13 @@ def wake(word: int) -> None:
 
 
 @njit(**INNER)
-def sleep(word: int, seen: int, spins: int, at_most: int) -> None:
-    """Until a doorbell's value is not `seen`, or for a time: the address of a timespec. `spins` as for `poll`."""
+def sleep(word: int, seen: int, patience: int, at_most: int) -> None:
+    """Until a doorbell's value is not `seen`, or for a time: the address of a timespec. `patience` as for `poll`."""
     since = now_ns()
     store_i32(word + 4, 1)
     syscall(_FUTEX, word, _FUTEX_WAIT, seen, at_most, 0, 0)
     store_i32(word + 4, 0)
-    slept(spins, now_ns() - since)
+    slept(patience, now_ns() - since)
 
 
 @njit(**INNER)
@@ -95,9 +95,9 @@ def await_value(control: int, row: int, value: int) -> None:
         seen = load_i32(word)
         if seen == value:
             return
-        if poll(word, seen, row + 8 * SPINS):
+        if poll(word, seen, row + 8 * PATIENCE):
             continue
-        sleep(word, seen, row + 8 * SPINS, control + 8 * NAP)
+        sleep(word, seen, row + 8 * PATIENCE, control + 8 * NAP)
 
 
 @njit(**INNER)
@@ -120,9 +120,9 @@ def await_past(control: int, row: int, value: int) -> None:
         seen = load_i32(word)
         if signed(seen - value) >= 0:
             return
-        if poll(word, seen, row + 8 * SPINS):
+        if poll(word, seen, row + 8 * PATIENCE):
             continue
-        sleep(word, seen, row + 8 * SPINS, control + 8 * NAP)
+        sleep(word, seen, row + 8 * PATIENCE, control + 8 * NAP)
 
 
 @njit(**INNER)

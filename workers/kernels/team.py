@@ -27,21 +27,22 @@ ARRIVED = 16  # threads that reached the barrier
 PHASE = 32  # counts barriers; the futex that waiting threads sleep on
 ASLEEP = 33  # threads asleep on PHASE
 TABLE, FIRST, LAST = 48, 50, 52  # the job: address and row range, 64 bits each
-JOB_SPINS, PHASE_SPINS = 64, 66  # polls before a thread sleeps on JOB and PHASE; two words each (see `slept`)
+JOB_PATIENCE, PHASE_PATIENCE = 64, 66  # how long threads poll before they sleep on JOB and PHASE; see `poll`
 CONTROL_WORDS = 80
 
-LEAST_SPINS, MOST_SPINS = 50, 10_000
-"""Polls before a thread sleeps: for a microsecond, and for some hundred. To wake a sleeper up takes some ten, on either
-side, in a virtual machine; and while both sides sleep each waits for the other's waking up as well."""
+POLLS = 50
+"""So often a thread polls at least before it sleeps, some microsecond, and as often between two yields: somebody else
+may have the processor, perhaps whoever is to ring."""
 
-YIELD = 50
-"""Polls after which somebody else may have the processor: perhaps whoever is to ring."""
+LEAST_NS, FIRST_NS, MOST_NS = 1_000, 64_000, 300_000
+"""How long a thread polls before it sleeps; at first, before it has learnt. To wake a sleeper up takes some 25 us in a
+virtual machine, for either side, and while both sides sleep each waits for the other's waking up as well."""
 
-SHORT_NS = 300_000
-"""A thread that slept for less had better polled on."""
+SLICE_NS = 300_000
+"""A yield that took longer went to somebody who has much to do, or the machine stood still for a moment."""
 
-VAIN, BUSY = 100, 1000
-"""Sleeps before a thread tries anew what was in vain, or what gave its processor away for that long."""
+LEAST_SLEEPS, MOST_SLEEPS = 8, 4096
+"""Sleeps before a thread that lost its processor to others polls again."""
 
 NAP_US = 50
 """Sleep between polls where there is no futex."""
@@ -119,54 +120,74 @@ def _wake(address: int, sleepers: int, futex: int) -> None:
 
 
 @njit(**INNER)
-def _give_up(spins: int, sleeps: int) -> None:
-    """Polling does harm: whoever is to ring has no processor because of it, or somebody else has ours."""
-    store_i32(spins, LEAST_SPINS)
-    store_i32(spins + 4, sleeps)
-
-
-@njit(**INNER)
-def poll(address: int, seen: int, spins: int) -> bool:
+def poll(address: int, seen: int, patience: int) -> bool:
     """Poll for a while; True when the word at `address` is no longer `seen`.
 
-    How often is learnt, in two words at `spins`, here and in `slept`: about twice as often as it took last. Several
-    threads may share what they learn.
+    How long is learnt, in two words at `patience`: nanoseconds, and how often to sleep without polling (low 16 bits:
+    how often still; above: when that last began). Several threads may share what they learn.
     """
-    limit = load_i32(spins)
-    for n in range(limit):
+    limit = load_i32(patience)
+    for _ in range(POLLS):
         if load_i32(address) != seen:
-            store_i32(spins, max(min(2 * n, MOST_SPINS), limit - limit // 16, LEAST_SPINS))
+            if limit > LEAST_NS:
+                store_i32(patience, max(limit - limit // 16, LEAST_NS))
             return True
-        if n >= LEAST_SPINS and n % YIELD == 0:
-            since = now_ns()
-            _sched_yield()
-            if now_ns() - since >= SHORT_NS:  # to somebody who has much to do, but who would stop for one who slept
-                _give_up(spins, BUSY)
-                break
         pause()
+    if load_i32(patience + 4) & 0xFFFF != 0:
+        return load_i32(address) != seen
+    since = now_ns()
+    now = since
+    while now - since < limit:
+        _sched_yield()
+        if now_ns() - now >= SLICE_NS:
+            lost(patience)
+            break
+        for _ in range(POLLS):
+            if load_i32(address) != seen:
+                helped(patience, now - since)
+                return True
+            pause()
+        now = now_ns()
     return load_i32(address) != seen
 
 
 @njit(**INNER)
-def slept(spins: int, ns: int) -> None:
-    """Polling was not enough, and so long a sleep followed it: poll longer next time, if that had spared it."""
-    limit, sleeps = load_i32(spins), load_i32(spins + 4)
-    if ns >= SHORT_NS or sleeps > 0:
-        store_i32(spins, max(limit // 2, LEAST_SPINS))
-        store_i32(spins + 4, max(sleeps - 1, 0))
-    elif limit < MOST_SPINS:
-        store_i32(spins, min(4 * limit, MOST_SPINS))
-    else:
-        _give_up(spins, VAIN)
+def helped(patience: int, ns: int) -> None:
+    """Polling for so long was enough: be ready to poll twice as long, and a little more sure that it pays."""
+    limit, sleeps = load_i32(patience), load_i32(patience + 4)
+    store_i32(patience, max(min(2 * ns, MOST_NS), limit - limit // 16, LEAST_NS))
+    if sleeps >> 16 != 0:
+        store_i32(patience + 4, sleeps - (1 << 16))
 
 
 @njit(**INNER)
-def _await_change(address: int, seen: int, sleepers: int, futex: int, spins: int) -> None:
+def lost(patience: int) -> None:
+    """Polling cost the processor for a while, which somebody who sleeps gets back at once: sleep a few times, and four
+    times as often when it is lost again before polling has helped as many times. A machine that stood still soon polls
+    again, and next to somebody who computes all the time nearly all waits are slept through."""
+    sleeps = min(max(4 * (load_i32(patience + 4) >> 16), LEAST_SLEEPS), MOST_SLEEPS)
+    store_i32(patience + 4, sleeps << 16 | sleeps)
+
+
+@njit(**INNER)
+def slept(patience: int, ns: int) -> None:
+    """Polling was not enough, and so long a sleep followed it: poll longer next time, if that had spared it."""
+    limit, sleeps = load_i32(patience), load_i32(patience + 4)
+    if sleeps & 0xFFFF != 0:
+        store_i32(patience + 4, sleeps - 1)
+    elif limit + ns >= MOST_NS:
+        store_i32(patience, max(limit // 2, LEAST_NS))
+    else:
+        store_i32(patience, min(4 * limit, MOST_NS))
+
+
+@njit(**INNER)
+def _await_change(address: int, seen: int, sleepers: int, futex: int, patience: int) -> None:
     """Poll for a while, then sleep, until the word at `address` is no longer `seen`."""
-    if not poll(address, seen, spins):
+    if not poll(address, seen, patience):
         since = now_ns()
         _sleep(address, seen, sleepers, futex)
-        slept(spins, now_ns() - since)
+        slept(patience, now_ns() - since)
 
 
 @njit(**INNER)
@@ -178,7 +199,7 @@ def barrier(control: int, nth: int, futex: int) -> None:
         add_i32(control + 4 * PHASE, 1)
         _wake(control + 4 * PHASE, control + 4 * ASLEEP, futex)
     else:
-        _await_change(control + 4 * PHASE, phase, control + 4 * ASLEEP, futex, control + 4 * PHASE_SPINS)
+        _await_change(control + 4 * PHASE, phase, control + 4 * ASLEEP, futex, control + 4 * PHASE_PATIENCE)
 
 
 @njit(**INNER)
@@ -251,7 +272,7 @@ def help_out(control: int, ith: int, nth: int, futex: int) -> int:
     """A helper's life with a futex: job after job until STOP, asleep in between."""
     seen = 0
     while True:
-        _await_change(control + 4 * JOB, seen, control + 4 * IDLE, futex, control + 4 * JOB_SPINS)
+        _await_change(control + 4 * JOB, seen, control + 4 * IDLE, futex, control + 4 * JOB_PATIENCE)
         seen = load_i32(control + 4 * JOB)
         if load_i32(control + 4 * STOP) != 0:
             return 0
