@@ -91,7 +91,7 @@ class Calibrator:
     def __init__(self, threads: int, *, quick: bool, messages: bool = True) -> None:
         chain = parse_workers(CHAIN, threads)
         self.operations = Operations(chain, room_of(), quick=quick)
-        self._shared = Chains(chain, room_of())
+        self._shared = Chains(chain, room_of(), at_once=n_processors() // threads)
         self._messages = Chains(chain, room_of(), "message") if messages else None
         self._stack = ExitStack()
 
@@ -178,7 +178,7 @@ def _calibration(found: Measured, about: Sequence[str]) -> Calibration:
     steps = found.shared
     return Calibration(
         tuple(about), found.costs, steps.step, steps.first, steps.split, found.mixed, found.cache, rate, flops,
-        max(1.0, n_processors() / found.threads),
+        max(1.0, n_processors() / found.threads), steps.memory,
     )  # fmt: skip
 
 
@@ -225,6 +225,8 @@ def _say(console: Console, found: Measured, files: Sequence[Path]) -> None:
             f"[bold]{name:11}[/] {_us(of.wake)} to wake up, {_us(of.each)} for each transfer, "
             f"{1e-9 / of.byte_s:.3g} GB/s"
         )
+    if steps.memory:
+        console.print(f"[bold]memory[/]      {steps.memory / 1e9:.3g} GB/s for all workers at once")
     busy = " (busy: repeat it when the machine is quiet)" if max(found.noise, steps.noise) > NOISY else ""
     console.print(
         f"[bold]noise[/]       the middle sample took {found.noise:.0%} longer than a typical one, "

@@ -11,12 +11,12 @@ from typing import Final
 
 from coordinator.cli.calibrate_rig import Loaded, Rig, Share
 from coordinator.config import Topology
-from coordinator.simulate.calibrate_cases import brief_op
+from coordinator.simulate.calibrate_cases import brief_op, reading
 from coordinator.simulate.calibrate_fit import Sample, fit_sums, line, noise, typical
 from coordinator.simulate.calibrate_layers import LARGE, SMALL, Shape, ends, every_case, layer_cases, layers
 from coordinator.simulate.calibrate_room import AUX, PONG, Case, Room, first_bytes
 from coordinator.simulate.hardware import FREE, Cost, Toll, Work
-from coordinator.simulate.work import work_of
+from coordinator.simulate.work import weight_footprint, work_of
 from protocol.dtypes import DType
 from protocol.messages import Port
 from protocol.program import Instruction, Kind, OpRecord
@@ -43,6 +43,8 @@ find neither their code in the cache nor each other awake, and steps of a model 
 _NOTED: Final = {"first": 0, "split": 3}
 """Runs of one op in a chain from worker 2 to 0 and back: worker 2 has RUN, SEND, RECV, RUN, WAIT and RUN."""
 _AFTER: Final = "after a sweep"
+_SLOWER: Final = 1.05
+"""Workers that read at once are slowed down by memory when they take so many times as long as one of them."""
 
 SWEEP_NBYTES: Final = 40 << 20
 """A worker reads so much, a token's time in a model that no cache holds, to drive everything else out of the cache."""
@@ -77,7 +79,8 @@ class Steps:
     `step` with one worker, `further` for each further one, `first` run of ops of a worker and each later `split`,
     `wake` of a worker that waited and `each` transfer that it then takes. `byte_s` are seconds of each transferred
     byte, `output_byte_s` of each that goes back to the coordinator, measured behind sweeps: long outputs are those of
-    large models. `digest_s` and `digest_byte_s` are seconds of a hash and of each byte of it.
+    large models. `digest_s` and `digest_byte_s` are seconds of a hash and of each byte of it. `memory` is what several
+    workers that read weights at once got of them in bytes/s, 0.0 where each got as much as alone.
     """
 
     step: Toll
@@ -90,6 +93,7 @@ class Steps:
     output_byte_s: float
     digest_s: float
     digest_byte_s: float
+    memory: float
     noise: float
 
 
@@ -170,13 +174,15 @@ def mixtures_of(room: Room, seconds: Samples, first_s: float) -> list[tuple[list
 class Chains:
     """Three idle workers, the host last, that hold chains of one, two and three of them. Use as a context manager."""
 
-    def __init__(self, topology: Topology, far: Room, plane: str | None = None) -> None:
-        """`far` has more weights than all caches hold."""
+    def __init__(self, topology: Topology, far: Room, plane: str | None = None, *, at_once: int = 1) -> None:
+        """`far` has more weights than all caches hold; `at_once` workers also read weights at the same time."""
         self._room, self._far = Room(Rig.ARENA, SWEEP_NBYTES), far
         others = [self._room.nbytes] * (len(topology.workers) - 1)
         self._rig = Rig(topology, [max(far.nbytes, self._room.nbytes), *others], plane)
         self._programs: dict[str, Loaded] = {}
         self._noted: dict[str, Loaded] = {}
+        self._readers: dict[str, Loaded] = {}
+        self._at_once = max(1, min(at_once, len(topology.workers)))
 
     def __enter__(self) -> Chains:
         with ExitStack() as stack:
@@ -189,6 +195,9 @@ class Chains:
                 others = layers(self._far, LARGE[0], self._far.cold_nbytes) if after == _BEHIND else ()
                 shares = noted_shares(self._room, shape, nbytes, others or layers(self._room, shape, 1))
                 self._noted[after] = rig.ship("noted", shares, noted=True)
+            reader = Share(reading(self._room).ops)
+            for name, n in (("reader", 1), (f"readers {self._at_once}", self._at_once)):
+                self._readers[name] = rig.ship(name, dict.fromkeys(range(n), reader))
             stack.pop_all()
         return self
 
@@ -198,7 +207,7 @@ class Chains:
     def measure(self, rounds: int, progress: Progress) -> Samples:
         """Seconds outside of operations, and of the runs of ops that are noted, by name."""
         seconds: Samples = {name: [] for name in self._programs}
-        seconds |= {name + after: [] for name in _NOTED for after in self._noted}
+        seconds |= {name + after: [] for name in _NOTED for after in self._noted} | {name: [] for name in self._readers}
         for number in range(rounds):
             progress(f"steps, round {number + 1} of {rounds}")
             for name, program in self._programs.items():
@@ -214,6 +223,9 @@ class Chains:
                 for _ in range(_IN_A_ROW if is_long else _SETTLED):
                     for name, took in zip(_NOTED, program.noted(2, list(_NOTED.values())), strict=True):
                         seconds[name + after].append(took)
+            for name, program in self._readers.items():
+                for _ in range(_IN_A_ROW):
+                    seconds[name].append(max(program.timed().compute_s.values()))
         return seconds
 
 
@@ -228,8 +240,16 @@ def fit_steps(seconds: Samples, costs: Mapping[str, Cost], mixed: Toll = FREE) -
     step, further, wake, each = (Toll(a, max(0.0, b - a)) for a, b in zip(warm, cold, strict=True))
     first, split = (_toll(name, outside, costs, mixed) for name in _NOTED)
     return Steps(
-        step, further, first, split, wake, each, byte_s, output_s, digest_s, digest_byte_s, middle_noise(seconds)
-    )
+        step, further, first, split, wake, each, byte_s, output_s, digest_s, digest_byte_s, _memory(outside),
+        middle_noise(seconds),
+    )  # fmt: skip
+
+
+def _memory(outside: Mapping[str, float]) -> float:
+    """Bytes/s of weights for several workers at once, 0.0 if none was slower for the others."""
+    n, together_s = max((int(name.split()[1]), s) for name, s in outside.items() if name.startswith("readers "))
+    nbytes = weight_footprint(reading(Room(Rig.ARENA, SWEEP_NBYTES)).ops)
+    return n * nbytes / together_s if together_s > _SLOWER * outside["reader"] else 0.0
 
 
 def _toll(name: str, outside: Mapping[str, float], costs: Mapping[str, Cost], mixed: Toll) -> Toll:

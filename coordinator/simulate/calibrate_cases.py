@@ -65,6 +65,11 @@ def brief_op(room: Room) -> OpRecord:
     return next(iter(value_by_value(room, 128, 1))).ops[0]
 
 
+def reading(room: Room) -> Case:
+    """Products that ask memory for more bytes a second than others: of a token's vectors with all weights there are."""
+    return _product(room, DType.Q8_0, (1536, 576, 1), missed=True)
+
+
 def _products(room: Room, dtype: DType) -> Iterator[Case]:
     shapes = [(k, n, 1) for k, n in VECTORS] + [(512, 512, 4), *MATRICES]
     if dtype.block <= 32:

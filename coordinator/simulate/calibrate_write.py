@@ -24,7 +24,8 @@ class Link:
 class Calibration:
     """Everything that was measured of one machine. `about` are lines for people; `copy_rate` in bytes/s, `flops` the
     fastest product's FLOP/s. `step` is what a step takes, `first` and `split` its first run of ops on a worker and each
-    later one, `mixed` an operation among others. `processors` compute for so many workers at once."""
+    later one, `mixed` an operation among others. `processors` compute for so many workers at once, and `memory` is the
+    bytes/s that all of them get of weights, 0.0 where no limit was seen."""
 
     about: tuple[str, ...]
     costs: Mapping[str, Cost]
@@ -36,11 +37,13 @@ class Calibration:
     copy_rate: float
     flops: float
     processors: float
+    memory: float
 
 
 def system_text(found: Calibration, workers: Sequence[tuple[str, bool, int, int]]) -> str:
     """The machine with these devices: name, whether an accelerator, alignment, bytes of memory (0: no limit)."""
     lines = [*(f"# {text}" for text in found.about), "schema = 1", f"processors = {found.processors:g}"]
+    lines += [f"memory_gbs = {found.memory / 1e9:.4g}"] if found.memory else []
     for name, accelerator, alignment, memory in workers:
         lines += ["", "[[device]]", f'name = "{name}"', 'class = "cpu"']
         lines += ["accelerator = true"] if accelerator else []

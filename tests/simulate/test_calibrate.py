@@ -17,6 +17,7 @@ from coordinator.cli.calibrate_measure import (
     HOPS,
     HOPS_AFTER,
     OUTPUT_NBYTES,
+    SWEEP_NBYTES,
     Chains,
     Effort,
     Operations,
@@ -34,7 +35,7 @@ from coordinator.model.presets import open_blueprint
 from coordinator.runtime.session import devices_of
 from coordinator.schedule.lower import Lowered
 from coordinator.schedule.placement import PlacementOptions
-from coordinator.simulate.calibrate_cases import TYPES, cases
+from coordinator.simulate.calibrate_cases import TYPES, cases, reading
 from coordinator.simulate.calibrate_fit import (
     Sample,
     errors,
@@ -74,7 +75,7 @@ ROOM = Room(Rig.ARENA, 4 << 20)
 STEPS = Steps(
     Toll(50e-6, 30e-6), Toll(80e-6, 40e-6), Toll(6e-6, 3e-6, 1e-6), Toll(4e-6, 5e-6, 2e-6),
     Toll(25e-6, 70e-6), Toll(3e-6, 2e-6),
-    1e-10, 2e-10, 3e-6, 7e-10, 0.1,
+    1e-10, 2e-10, 3e-6, 7e-10, 3e10, 0.1,
 )  # fmt: skip
 MIXED = Toll(1e-7, 3e-7)
 
@@ -155,6 +156,7 @@ def test_what_ops_cost_more_among_others() -> None:
 def outside_of(step: Toll, further: Toll, wake: Toll, each: Toll) -> dict[str, list[float]]:
     """What chains take outside of ops when this is what steps cost."""
     found = {f"bytes {n}": [4e-10 * n + 1e-4] for n in HOP_NBYTES} | {f"output {n}": [1e-4] for n in OUTPUT_NBYTES}
+    found |= {"reader": [1e-3], "readers 2": [1e-3]}
     found |= {f"digest {n}": [step.seconds(0.0) + 7e-6 + 6e-10 * n] for n in DIGEST_NBYTES}
     for after, missed, hops in (("", 0.0, HOPS), (" after a sweep", 1.0, HOPS_AFTER)):
         a, b, c, d = (toll.seconds(missed) for toll in (step, further, wake, each))
@@ -183,6 +185,20 @@ def test_what_a_run_costs_besides_its_op() -> None:
     for toll, expected in pairs:
         assert astuple(toll) == pytest.approx(astuple(expected))
     assert fit_steps(seconds, {key: Cost(op_s=1.0) for key in costs}).split == Toll()
+
+
+def test_what_memory_has_for_all_is_known_when_they_slow_each_other_down() -> None:
+    seconds = outside_of(*[Toll(1e-5)] * 4)
+    seconds |= {
+        f"{name}{after}": [1e-6] for name in ("first", "split") for after in ("", " after a sweep", " behind others")
+    }
+    costs = {"GET_ROWS.q8_0": Cost(op_s=3e-8), "MUL.f32": Cost(op_s=2e-8)}
+    assert fit_steps(seconds, costs).memory == 0.0
+    nbytes = weight_footprint(reading(Room(Rig.ARENA, SWEEP_NBYTES)).ops)
+    assert 0.9 * SWEEP_NBYTES < nbytes <= SWEEP_NBYTES
+    for n in (2, 3):
+        slower = seconds | {f"readers {n}": [1.5e-3]}
+        assert fit_steps(slower, costs).memory == pytest.approx(n * nbytes / 1.5e-3)
 
 
 @pytest.mark.parametrize("shape", [SMALL[0], LARGE[0]])
@@ -356,6 +372,7 @@ def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
         for toll, expected in ((model.first, STEPS.first), (model.split, STEPS.split), (model.mixed, MIXED)):
             assert astuple(toll) == pytest.approx(astuple(expected))
         assert (model.step_s, model.step_missed_s, model.cache_nbytes) == pytest.approx((50e-6, 30e-6, 32 << 20))
+    assert [pool.memory for pool in machine.fabric.pools] == [pytest.approx(STEPS.memory)]
     route = machine.fabric.between(2, 0)
     assert (route.wake.base_s, route.wake.missed_s) == pytest.approx((25e-6, 70e-6))
     assert (route.each.base_s, route.each.missed_s) == pytest.approx((3e-6, 2e-6))
