@@ -6,6 +6,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -49,11 +50,23 @@ ROUNDS = 5
 STEPS_S, FURTHER_S = 1.0, 0.15
 """For so long decode steps of a placement, and each further graph, are measured each time: what is short would else be
 taken in one moment, which may be a neighbour's."""
-IN_A_ROW = {"demo": (16, 64), "smollm2-q4_1": (3, 8)}
-"""Steps of a program that do not count, and that do: who has just run another one is not yet where tokens find it."""
 WARM, COLD = f"few layers of {SMALL[0]}", f"layers of {MIDDLE[1]} from memory"
-PROBES = {"demo": (WARM, 8), "smollm2-q4_1": (COLD, 2)}
-"""The calibrated case that is measured before steps of a model, and how often."""
+"""Calibrated cases, of weights in the cache and from memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """Steps in a row that do not count, and that do: who has just run another program is not yet where tokens find it.
+    Before them a calibrated case is measured, so often."""
+
+    settling: int
+    settled: int
+    case: str
+    probes: int
+
+
+PACES = {"demo": Pace(16, 64, WARM, 8), "smollm2-q4_1": Pace(3, 8, COLD, 2)}
+FURTHER_PACE = Pace(1, FURTHER, WARM, 8)
 EFFORT, BETWEEN = Effort(3, 4, quick=True), 5
 """A calibration, and before how many placements."""
 Work = Callable[[], tuple[StepResult, Shipped]]
@@ -142,12 +155,13 @@ def _measure(placement: Placement, file: Path, operations: Operations) -> Seen:
         while session.n_past < DEPTH:
             session.evaluate([5] * min(64, DEPTH - session.n_past))
         sampler = _Sampler(session, operations)
-        sampler.sample(seen, lambda: _decode(session), STEPS_S, *IN_A_ROW[placement.model], *PROBES[placement.model])
+        sampler.sample(seen, lambda: _decode(session), STEPS_S, PACES[placement.model])
         graphs: dict[str, Work] = {"a prompt": lambda: _prompt(session)}
         if images:
             graphs["an image"] = lambda: session.encode(0, images[0])
         for name, work in graphs.items():
-            sampler.sample(seen.further.setdefault(name, Seen()), work, FURTHER_S, 0, FURTHER, *PROBES["demo"])
+            seen.further[name] = Seen()
+            sampler.sample(seen.further[name], work, FURTHER_S, FURTHER_PACE)
     return seen
 
 
@@ -159,26 +173,26 @@ class _Sampler:
         self._plain = session.evaluator
         self._noting = Evaluator(session.fleet, session.memory, session.schedulers, stopwatch=self._watch)
 
-    def sample(
-        self, seen: Seen, work: Work, seconds: float, settling: int, settled: int, case: str, n_probes: int
-    ) -> None:
-        """For so long: steps as they are and steps that are noted, in turns, each behind `settling` that do not count
-        and `n_probes` of the case."""
-        seen.case = case
+    def sample(self, seen: Seen, work: Work, seconds: float, pace: Pace) -> None:
+        """For so long: steps as they are and steps that are noted, in turns."""
+        seen.case = pace.case
         for _ in _again(seconds):
-            seen.probes += [self._operations.once(case) for _ in range(n_probes)]
+            self._probe(seen, pace)
             self._session.evaluator = self._plain
-            for number in range(settling + settled):
-                timed, shipped = _timed(work)
-                if number >= settling:
+            for number in range(pace.settling + pace.settled):
+                timed, _ = _timed(work)
+                if number >= pace.settling:
                     seen.take(timed)
-            seen.probes += [self._operations.once(case) for _ in range(n_probes)]
+            self._probe(seen, pace)
             self._session.evaluator = self._noting
-            for number in range(settling + settled):
-                work()
+            for number in range(pace.settling + pace.settled):
+                _, shipped = work()
                 times = self._watch.taken.pop().times
-                if number >= settling:
+                if number >= pace.settling:
                     seen.note(self._session, shipped, times)
+
+    def _probe(self, seen: Seen, pace: Pace) -> None:
+        seen.probes += [self._operations.once(pace.case) for _ in range(pace.probes)]
 
 
 def _again(seconds: float) -> Iterator[None]:

@@ -20,14 +20,14 @@ class Patience:
     """How long a waiter polls before it sleeps, learnt as in workers' compiled code (workers/kernels/team.py says why
     each number is what it is; a poll takes longer here)."""
 
-    __slots__ = ("_losses", "_sleeps", "ns")
+    __slots__ = ("_penalty", "_sleeps", "ns")
 
     def __init__(self) -> None:
         self.ns = _FIRST_NS
-        self._sleeps = self._losses = 0
+        self._sleeps = self._penalty = 0
 
     @property
-    def polls(self) -> bool:
+    def may_poll(self) -> bool:
         """False for one who had better sleep at once."""
         return not self._sleeps
 
@@ -38,11 +38,11 @@ class Patience:
     def helped(self, ns: int) -> None:
         """The value changed within so many nanoseconds of polling and yielding."""
         self.ns = max(min(2 * ns, _MOST_NS), self.ns - self.ns // 16, _LEAST_NS)
-        self._losses = max(self._losses - 1, 0)
+        self._penalty = max(self._penalty - 1, 0)
 
     def lost(self) -> None:
         """A yield took so long that somebody else must have had the processor, or the machine stood still."""
-        self._sleeps = self._losses = min(max(4 * self._losses, _LEAST_SLEEPS), _MOST_SLEEPS)
+        self._sleeps = self._penalty = min(max(4 * self._penalty, _LEAST_SLEEPS), _MOST_SLEEPS)
 
     def slept(self, ns: int) -> None:
         """Polling was not enough, and so long a sleep followed."""
@@ -99,14 +99,14 @@ class Doorbells:
                 patience.early()
                 return True
         since = now = perf_counter_ns()
-        while patience.polls and now - since < patience.ns:
+        while patience.may_poll and now - since < patience.ns:
             os.sched_yield()  # Linux has it, and only there is a futex
-            if perf_counter_ns() - now >= _SLICE_NS:
+            before, now = now, perf_counter_ns()
+            if now - before >= _SLICE_NS:
                 patience.lost()
                 break
             for _ in range(_POLLS):
                 if cells[word] != seen:
                     patience.helped(now - since)
                     return True
-            now = perf_counter_ns()
         return bool(cells[word] != seen)

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from coordinator.cli.calibrate_measure import (
     QUICK,
+    SWEEP_NBYTES,
     Chains,
     Effort,
     Operations,
@@ -34,7 +35,7 @@ from coordinator.runtime.session import devices_of
 from coordinator.simulate.calibrate_fit import Sample, errors, fit_costs, fit_mixed
 from coordinator.simulate.calibrate_room import Room
 from coordinator.simulate.calibrate_write import Calibration, Link, network_text, system_text
-from coordinator.simulate.hardware import Cost, Toll
+from coordinator.simulate.hardware import CACHES_SWEPT, Cost, Toll
 from coordinator.simulate.work import DIGEST, OUTPUT
 from protocol.errors import UsageError
 
@@ -78,7 +79,7 @@ class Measured:
 
 def room_of() -> Room:
     """Memory for weights of ops that are to miss the cache."""
-    return Room(Rig.ARENA, 3 * cache_nbytes())
+    return Room(Rig.ARENA, CACHES_SWEPT * cache_nbytes())
 
 
 class Calibrator:
@@ -92,7 +93,7 @@ class Calibrator:
         chain = parse_workers(CHAIN, threads)
         self.operations = Operations(chain, room_of(), quick=quick)
         self._shared = Chains(chain, room_of(), at_once=n_processors() // threads)
-        self._messages = Chains(chain, room_of(), "message") if messages else None
+        self._messages = Chains(chain, Room(Rig.ARENA, SWEEP_NBYTES), "message") if messages else None
         self._stack = ExitStack()
 
     def __enter__(self) -> Calibrator:
@@ -119,9 +120,9 @@ def fitted(raw: Raw, threads: int, effort: Effort, room: Room | None = None) -> 
     room = room or room_of()
     samples = samples_of(room, effort, raw.ops)
     costs = fit_costs(samples)
-    first = fit_steps(raw.steps, costs).first
+    first = fit_steps(raw.steps, costs, far=room).first
     mixed = fit_mixed(mixtures_of(room, raw.ops, first.base_s), costs, samples)
-    shared, messages = (fit_steps(of, costs, mixed) for of in (raw.steps, raw.messages))
+    shared, messages = (fit_steps(of, costs, mixed, far=room) for of in (raw.steps, raw.messages))
     costs[OUTPUT] = Cost(byte_s=shared.output_byte_s)
     costs[DIGEST] = Cost(shared.digest_s, byte_s=shared.digest_byte_s)
     return Measured(samples, costs, mixed, middle_noise(raw.ops), shared, messages, threads, cache_nbytes())

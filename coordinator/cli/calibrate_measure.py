@@ -50,11 +50,11 @@ SWEEP_NBYTES: Final = 40 << 20
 """A worker reads so much, a token's time in a model that no cache holds, to drive everything else out of the cache."""
 
 _BEHIND: Final = " behind others"
-"""Another worker has read all that a machine's caches hold, and more, since this one's last run of ops."""
+"""Another worker reads more than all caches hold in each step."""
 _ENDS: Final = {
     "": (SMALL[0], BUSY_NBYTES), f" {_AFTER}": (LARGE[0], SWEEP_NBYTES), _BEHIND: (LARGE[0], SWEEP_NBYTES)
 }  # fmt: skip
-"""Layers of which noted runs compute the ends, and bytes of their output, on the worker that is noted."""
+"""What noted runs are the ends of: a layer's shape, and bytes of the output, which that worker computes, too."""
 
 Progress = Callable[[str], None]
 
@@ -103,7 +103,7 @@ Samples = dict[str, list[float]]
 
 @dataclass(frozen=True, slots=True)
 class Raw:
-    """All samples: operations by case, and what steps took outside of them by the plane that carried bytes."""
+    """All samples: operations by case, and what else was measured by the plane that carried bytes."""
 
     ops: Samples
     steps: Samples
@@ -177,12 +177,13 @@ class Chains:
     def __init__(self, topology: Topology, far: Room, plane: str | None = None, *, at_once: int = 1) -> None:
         """`far` has more weights than all caches hold; `at_once` workers also read weights at the same time."""
         self._room, self._far = Room(Rig.ARENA, SWEEP_NBYTES), far
-        others = [self._room.nbytes] * (len(topology.workers) - 1)
-        self._rig = Rig(topology, [max(far.nbytes, self._room.nbytes), *others], plane)
+        self._at_once = max(1, min(at_once, len(topology.workers)))
+        sizes = [self._room.nbytes] * len(topology.workers)
+        sizes[: self._at_once] = [max(far.nbytes, self._room.nbytes)] * self._at_once
+        self._rig = Rig(topology, sizes, plane)
         self._programs: dict[str, Loaded] = {}
         self._noted: dict[str, Loaded] = {}
         self._readers: dict[str, Loaded] = {}
-        self._at_once = max(1, min(at_once, len(topology.workers)))
 
     def __enter__(self) -> Chains:
         with ExitStack() as stack:
@@ -191,13 +192,13 @@ class Chains:
                 for offset, data in first_bytes(self._room):
                     rig.write(worker, offset, data)
             self._programs = _programs(rig, self._room)
+            far = layers(self._far, LARGE[0], self._far.cold_nbytes)
             for after, (shape, nbytes) in _ENDS.items():
-                others = layers(self._far, LARGE[0], self._far.cold_nbytes) if after == _BEHIND else ()
-                shares = noted_shares(self._room, shape, nbytes, others or layers(self._room, shape, 1))
-                self._noted[after] = rig.ship("noted", shares, noted=True)
-            reader = Share(reading(self._room).ops)
-            for name, n in (("reader", 1), (f"readers {self._at_once}", self._at_once)):
-                self._readers[name] = rig.ship(name, dict.fromkeys(range(n), reader))
+                others = far if after == _BEHIND else layers(self._room, shape, 1)
+                self._noted[after] = rig.ship("noted", noted_shares(self._room, shape, nbytes, others), noted=True)
+            reader = Share(reading(self._far).ops)
+            for n in {1, self._at_once}:
+                self._readers[f"readers {n}"] = rig.ship("readers", dict.fromkeys(range(n), reader))
             stack.pop_all()
         return self
 
@@ -205,7 +206,7 @@ class Chains:
         self._rig.__exit__(kind, error, tb)
 
     def measure(self, rounds: int, progress: Progress) -> Samples:
-        """Seconds outside of operations, and of the runs of ops that are noted, by name."""
+        """Seconds outside of operations, of the runs of ops that are noted, and of reading weights, by name."""
         seconds: Samples = {name: [] for name in self._programs}
         seconds |= {name + after: [] for name in _NOTED for after in self._noted} | {name: [] for name in self._readers}
         for number in range(rounds):
@@ -229,8 +230,8 @@ class Chains:
         return seconds
 
 
-def fit_steps(seconds: Samples, costs: Mapping[str, Cost], mixed: Toll = FREE) -> Steps:
-    """What steps cost. `costs` and `mixed` say what of the noted runs is their op."""
+def fit_steps(seconds: Samples, costs: Mapping[str, Cost], mixed: Toll = FREE, *, far: Room) -> Steps:
+    """What steps cost. `costs` and `mixed` say what of the noted runs is their op, `far` is what was read."""
     outside = {name: typical(values) for name, values in seconds.items()}
     _, byte_s = line([(nbytes * _HOPS_OF_A_SIZE, outside[f"bytes {nbytes}"]) for nbytes in HOP_NBYTES])
     _, output_s = line([(nbytes, outside[f"output {nbytes}"]) for nbytes in OUTPUT_NBYTES])
@@ -240,16 +241,16 @@ def fit_steps(seconds: Samples, costs: Mapping[str, Cost], mixed: Toll = FREE) -
     step, further, wake, each = (Toll(a, max(0.0, b - a)) for a, b in zip(warm, cold, strict=True))
     first, split = (_toll(name, outside, costs, mixed) for name in _NOTED)
     return Steps(
-        step, further, first, split, wake, each, byte_s, output_s, digest_s, digest_byte_s, _memory(outside),
+        step, further, first, split, wake, each, byte_s, output_s, digest_s, digest_byte_s, _memory(outside, far),
         middle_noise(seconds),
     )  # fmt: skip
 
 
-def _memory(outside: Mapping[str, float]) -> float:
+def _memory(outside: Mapping[str, float], far: Room) -> float:
     """Bytes/s of weights for several workers at once, 0.0 if none was slower for the others."""
-    n, together_s = max((int(name.split()[1]), s) for name, s in outside.items() if name.startswith("readers "))
-    nbytes = weight_footprint(reading(Room(Rig.ARENA, SWEEP_NBYTES)).ops)
-    return n * nbytes / together_s if together_s > _SLOWER * outside["reader"] else 0.0
+    took_s = {int(name.split()[1]): s for name, s in outside.items() if name.startswith("readers ")}
+    n, nbytes = max(took_s), weight_footprint(reading(far).ops)
+    return n * nbytes / took_s[n] if took_s[n] > _SLOWER * took_s[1] else 0.0
 
 
 def _toll(name: str, outside: Mapping[str, float], costs: Mapping[str, Cost], mixed: Toll) -> Toll:

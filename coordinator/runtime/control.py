@@ -57,7 +57,7 @@ class Control:
     def receive(self, awaited: Sequence[int], patience: Patience | None = None) -> tuple[int, Letter] | None:
         """A message of a worker, None when there is none within 20 ms; with mailboxes only from `awaited`.
 
-        It polls, as often as `patience` says, and sleeps for the last of them: the others' answers wake nobody.
+        It polls, as long as `patience` says, and sleeps for the last of them: the others' answers wake nobody.
         """
         if not self._mailboxes:
             found = self._from_socket()

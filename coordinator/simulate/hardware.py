@@ -89,22 +89,22 @@ class Cost:
         return op_s + work.weight_nbytes * weight_s + moved * self.byte_s + work.flops * self.flop_s
 
 
+CACHES_SWEPT: Final = 3
+"""So many caches' bytes, read by others, leave nothing of what was in the cache, nor of where to find it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Toll:
     """What something costs each time, in seconds; how much more at most when weights have driven everything else out of
-    the cache, and, of a worker's run of ops, when other workers read FAR caches' bytes in a step."""
+    the cache, and, of a worker's run of ops, when other workers read CACHES_SWEPT caches' bytes in a step."""
 
     base_s: float = 0.0
     missed_s: float = 0.0
     others_s: float = 0.0
 
     def seconds(self, missed: float, others: float = 0.0) -> float:
-        """With this share of the weights not in the cache, and that share of FAR caches read by others."""
+        """With this share of the weights not in the cache, and that share of CACHES_SWEPT caches read by others."""
         return self.base_s + missed * self.missed_s + others * self.others_s
-
-
-FAR: Final = 3.0
-"""So many caches' bytes leave nothing of what was in the cache before, nor of where to find it."""
 
 
 FREE: Final = Toll()
@@ -175,7 +175,7 @@ class DeviceModel:
 
     def lost(self, nbytes: int) -> float:
         """How much a worker's run of ops has lost of what it left, when others read so many bytes in a step: 0 to 1."""
-        return min(1.0, nbytes / (FAR * self.cache_nbytes)) if self.cache_nbytes else 0.0
+        return min(1.0, nbytes / (CACHES_SWEPT * self.cache_nbytes)) if self.cache_nbytes else 0.0
 
     def busy_s(self, work: Work) -> float:
         """How long `work` takes once it has been launched."""

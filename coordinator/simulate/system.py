@@ -41,7 +41,8 @@ def load_system(path: Path) -> System:
     memory, bandwidth_gbs, rates_tflops by family, efficiency by kind or kind.type, gweights_per_s by type or family,
     attention_tflops, launch_us, step_us, alignment, max_buffer, unsupported_ops, unsupported_types, async_copies; and
     what `crossdock calibrate` writes: costs, cache, accelerator, step_missed_us and, each with a
-    _missed_us besides, first_us, split_us, mixed_us. `source` says where numbers come from.
+    _missed_us besides, first_us, split_us, mixed_us, with a first_others_us and split_others_us. `source` says where
+    numbers come from.
     Raises UsageError naming file, table, key, what was expected and found.
     """
     document = read_toml(path)
@@ -107,8 +108,8 @@ def _read_device(name: str, table: Table, where: str, year: float, flash: bool) 
         costs=_costs(table, where),
         cache_nbytes=table.size("cache", base.cache_nbytes),
         step_missed_s=table.number("step_missed_us", base.step_missed_s * 1e6, high=1e9) * 1e-6,
-        first=table.toll("first", base.first),
-        split=table.toll("split", base.split),
+        first=table.toll("first", base.first, others=True),
+        split=table.toll("split", base.split, others=True),
         mixed=table.toll("mixed", base.mixed),
         accelerator=table.flag("accelerator", base.accelerator),
     )

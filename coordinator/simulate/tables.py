@@ -68,9 +68,10 @@ class Table:
             raise UsageError(f"{self.where}: {key} is {value!r}: expected {low:g} to {high:g}")
         return float(value)
 
-    def toll(self, key: str, default: Toll) -> Toll:
-        """`key`_us, `key`_missed_us and `key`_others_us."""
-        parts = (("us", default.base_s), ("missed_us", default.missed_s), ("others_us", default.others_s))
+    def toll(self, key: str, default: Toll, *, others: bool = False) -> Toll:
+        """`key`_us and `key`_missed_us, and `key`_others_us where what others read matters."""
+        parts = [("us", default.base_s), ("missed_us", default.missed_s)]
+        parts += [("others_us", default.others_s)] if others else []
         return Toll(*(self.number(f"{key}_{name}", seconds * 1e6, high=1e9) * 1e-6 for name, seconds in parts))
 
     def text(self, key: str, default: str | None = None, choices: tuple[str, ...] = ()) -> str:

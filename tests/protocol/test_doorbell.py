@@ -27,7 +27,7 @@ class Compiled:
         return int(self.words[0])
 
     @property
-    def polls(self) -> bool:
+    def may_poll(self) -> bool:
         return not self.words[1] & 0xFFFF
 
     def slept(self, ns: int) -> None:
@@ -55,7 +55,7 @@ def waiter(request: pytest.FixtureRequest) -> Waiter:
 def sleeps(waiter: Waiter) -> int:
     """How often it sleeps before it polls again."""
     found = 0
-    while not waiter.polls:
+    while not waiter.may_poll:
         waiter.slept(SHORT_NS)
         found += 1
     return found
@@ -100,9 +100,16 @@ def test_patience_is_twice_what_it_took(waiter: Waiter) -> None:
 def test_who_loses_the_processor_once_soon_polls_again(waiter: Waiter) -> None:
     patience = waiter.ns
     waiter.lost()
-    assert not waiter.polls
+    assert not waiter.may_poll
     assert sleeps(waiter) <= 10
     assert waiter.ns == patience
+
+
+def test_threads_that_lose_it_in_one_moment_have_lost_it_once() -> None:
+    waiter = Compiled()
+    for _ in range(6):
+        waiter.lost()
+    assert sleeps(waiter) <= 10
 
 
 def test_who_loses_it_again_and_again_mostly_sleeps(waiter: Waiter) -> None:
@@ -130,6 +137,6 @@ def test_a_yield_that_takes_a_slice_loses_the_processor(monkeypatch: pytest.Monk
     monkeypatch.setattr(os, "sched_yield", lambda: now.__setitem__(0, now[0] + LONG_NS))
     assert not bells.wait(0, 0, patience, 0.001)
     assert now == [LONG_NS]
-    assert not patience.polls
+    assert not patience.may_poll
     assert not bells.wait(0, 0, patience, 0.001)
     assert now == [LONG_NS], "it did not yield"

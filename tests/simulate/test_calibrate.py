@@ -17,7 +17,6 @@ from coordinator.cli.calibrate_measure import (
     HOPS,
     HOPS_AFTER,
     OUTPUT_NBYTES,
-    SWEEP_NBYTES,
     Chains,
     Effort,
     Operations,
@@ -50,7 +49,7 @@ from coordinator.simulate.calibrate_fit import (
 from coordinator.simulate.calibrate_layers import LARGE, SMALL, Shape, ends, layer_cases, layers
 from coordinator.simulate.calibrate_room import WEIGHTS, Room
 from coordinator.simulate.engine import simulate
-from coordinator.simulate.hardware import FAR, Cost, DeviceModel, LinkModel, Toll, Work
+from coordinator.simulate.hardware import CACHES_SWEPT, Cost, DeviceModel, LinkModel, Toll, Work
 from coordinator.simulate.lowered import time_program
 from coordinator.simulate.machine import Machine, make_machine
 from coordinator.simulate.series import Load, Options, make_series
@@ -156,7 +155,7 @@ def test_what_ops_cost_more_among_others() -> None:
 def outside_of(step: Toll, further: Toll, wake: Toll, each: Toll) -> dict[str, list[float]]:
     """What chains take outside of ops when this is what steps cost."""
     found = {f"bytes {n}": [4e-10 * n + 1e-4] for n in HOP_NBYTES} | {f"output {n}": [1e-4] for n in OUTPUT_NBYTES}
-    found |= {"reader": [1e-3], "readers 2": [1e-3]}
+    found |= {"readers 1": [1e-3], "readers 2": [1e-3]}
     found |= {f"digest {n}": [step.seconds(0.0) + 7e-6 + 6e-10 * n] for n in DIGEST_NBYTES}
     for after, missed, hops in (("", 0.0, HOPS), (" after a sweep", 1.0, HOPS_AFTER)):
         a, b, c, d = (toll.seconds(missed) for toll in (step, further, wake, each))
@@ -178,13 +177,13 @@ def test_what_a_run_costs_besides_its_op() -> None:
         of = ends(ROOM, shape, 1 << 20, 4096)
         seconds[f"first{after}"] = [first.seconds(missed, far) + device.seconds(work_of(of.lookup), missed)]
         seconds[f"split{after}"] = [split.seconds(missed, far) + device.seconds(work_of(of.norm), missed)]
-    found = fit_steps(seconds, costs, mixed)
+    found = fit_steps(seconds, costs, mixed, far=ROOM)
     assert (found.digest_s, found.digest_byte_s) == pytest.approx((7e-6, 6e-10), rel=1e-3)
     pairs = [(found.first, first), (found.split, split)]
     pairs += zip((found.step, found.further, found.wake, found.each), others, strict=True)
     for toll, expected in pairs:
         assert astuple(toll) == pytest.approx(astuple(expected))
-    assert fit_steps(seconds, {key: Cost(op_s=1.0) for key in costs}).split == Toll()
+    assert fit_steps(seconds, {key: Cost(op_s=1.0) for key in costs}, far=ROOM).split == Toll()
 
 
 def test_what_memory_has_for_all_is_known_when_they_slow_each_other_down() -> None:
@@ -193,12 +192,14 @@ def test_what_memory_has_for_all_is_known_when_they_slow_each_other_down() -> No
         f"{name}{after}": [1e-6] for name in ("first", "split") for after in ("", " after a sweep", " behind others")
     }
     costs = {"GET_ROWS.q8_0": Cost(op_s=3e-8), "MUL.f32": Cost(op_s=2e-8)}
-    assert fit_steps(seconds, costs).memory == 0.0
-    nbytes = weight_footprint(reading(Room(Rig.ARENA, SWEEP_NBYTES)).ops)
-    assert 0.9 * SWEEP_NBYTES < nbytes <= SWEEP_NBYTES
+    assert fit_steps(seconds, costs, far=ROOM).memory == 0.0
+    alone = {name: took for name, took in seconds.items() if name != "readers 2"}
+    assert fit_steps(alone, costs, far=ROOM).memory == 0.0
+    nbytes = weight_footprint(reading(ROOM).ops)
+    assert 0.8 * ROOM.cold_nbytes < nbytes <= ROOM.cold_nbytes
     for n in (2, 3):
         slower = seconds | {f"readers {n}": [1.5e-3]}
-        assert fit_steps(slower, costs).memory == pytest.approx(n * nbytes / 1.5e-3)
+        assert fit_steps(slower, costs, far=ROOM).memory == pytest.approx(n * nbytes / 1.5e-3)
 
 
 @pytest.mark.parametrize("shape", [SMALL[0], LARGE[0]])
@@ -319,8 +320,8 @@ def test_what_others_read_in_a_step_costs_runs_of_ops() -> None:
     taxed = tuple(replace(model, first=Toll(0.0, 0.0, 1e-3), split=Toll(0.0, 0.0, 1e-5)) for model in models)
     runs = [sum(item.kind is Kind.RUN for item in program.instructions) for program in lowered.programs]
     read = [weight_footprint(program.ops) for program in lowered.programs]
-    assert 0 < read[0] < FAR * cache < read[1], "of what the host reads the accelerator loses all"
-    lost = (1.0, read[0] / (FAR * cache))
+    assert 0 < read[0] < CACHES_SWEPT * cache < read[1], "of what the host reads the accelerator loses all"
+    lost = (1.0, read[0] / (CACHES_SWEPT * cache))
     expected = sum(share * (1e-3 + (n - 1) * 1e-5) for share, n in zip(lost, runs, strict=True))
     assert step_s(lowered, make_machine(taxed, lambda source, target: link)) - step_s(lowered, plain) == pytest.approx(
         expected, rel=1e-3

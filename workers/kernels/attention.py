@@ -49,8 +49,8 @@ ROWS = 4 * TILE_ROWS
 """Rows (query positions times heads of one key head) that share a pass over the keys."""
 
 FAR_NBYTES = 1 << 15
-"""One token's attention over so many bytes of keys finds them, and as many values, in memory: all layers have some. Of
-several tokens the second tile of rows finds what the first one read."""
+"""With more keys than this a token's attention is taken to find them, and the values, in memory: every layer has as
+many. With several tiles of rows the second finds what the first has read."""
 
 _MINUS_INFINITY = np.float32(-np.inf)
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
@@ -100,10 +100,11 @@ def _mask_row(r: int, m: int, group: int, head: int, batch: int, at: int) -> int
 
 
 @njit(**INNER)
-def _open_keys(
-    r: int, work: int, m0: int, m: int, group: int, head: int, batch: int, at: int, n: int
-) -> tuple[int, int]:
-    """First and last + 1 of the block's n keys that any of the rows may see; (0, 0) if none."""
+def _open_keys(r: int, work: int, m0: int, m: int, group: int, head: int, batch: int, at: int) -> tuple[int, int]:
+    """First and last + 1 of the keys of the block at `at` that any of the rows may see; no more than first if none."""
+    n = min(KEYS, extent(r, K, 1) - at)
+    if word(r, MASK) == 0:
+        return 0, n
     best = work + 4 * _OPEN
     for j in range(0, 4 * KEYS, 32):
         store_f32x8(best + j, splat_f32x8(_MINUS_INFINITY))
@@ -211,8 +212,8 @@ def _block(
 
 @njit(**INNER)
 def _fetch_ahead(r: int, operand: int, head: int, batch: int, at: int) -> None:
-    """Ask for a block of keys or values: rows of one head lie too far apart, and are too short, for the processor to
-    guess. From memory that made attention twice as slow as its bytes.
+    """Ask for a block of keys or values. A head's rows are too short and too far apart for the processor to guess:
+    without this, attention from memory took half as long again.
     """
     step, nbytes = stride(r, operand, 1), extent(r, operand, 0) * stride(r, operand, 0)
     line = row_address(r, operand, at, head, batch)
@@ -259,19 +260,21 @@ def flash_attention(r: int, ith: int, nth: int) -> None:
         m = min(ROWS, rows - m0)
         head, batch = unit // tiles % heads, unit // (tiles * heads)
         _load_queries(r, work, m0, m, group, head, batch, padded)
+        if is_far and unit + 1 < end:
+            _fetch_ahead(r, K, (unit + 1) % heads, (unit + 1) // heads, 0)
+        first, last = _open_keys(r, work, m0, m, group, head, batch, 0)
         for at in range(0, n_keys, KEYS):
-            n = min(KEYS, n_keys - at)
-            first, last = 0, n
-            if word(r, MASK) != 0:
-                first, last = _open_keys(r, work, m0, m, group, head, batch, at, n)
+            next_first, next_last = 0, 0
+            if at + KEYS < n_keys:
+                next_first, next_last = _open_keys(r, work, m0, m, group, head, batch, at + KEYS)
+            if is_far and next_last > next_first:
+                _fetch_ahead(r, K, head, batch, at + KEYS)
             if last > first:
                 if is_far:
                     _fetch_ahead(r, V, head, batch, at)
-                    if at + KEYS < n_keys:
-                        _fetch_ahead(r, K, head, batch, at + KEYS)
-                    elif unit + 1 < end:
-                        _fetch_ahead(r, K, (unit + 1) % heads, (unit + 1) // heads, 0)
+                n = min(KEYS, n_keys - at)
                 _block(r, work, m0, m, group, head, batch, at, n, first, last, padded, results, keys, values)
+            first, last = next_first, next_last
         _store_results(r, work, m0, m, group, head, batch, padded, results)
         unit += 1
 

@@ -31,7 +31,7 @@ CONTROL_WORDS = 32
 NUMBER, N_ROWS, N_INPUTS, N_OUTPUTS, RECEIVED, N_LAST = 0, 1, 2, 3, 4, 5  # N_LAST: how many of the rows are last WAITs
 CHECKS = 6  # address of strict ownership's block of checks (kernels/shadow.py), 0 without
 TIMES = 7  # address of a table (protocol/timing.py) of when each row began and ended, and the step; 0: nobody asks
-IDLE_PATIENCE = 8  # how long it polls for the next step; see `poll`
+IDLE_PATIENCE = 8  # how long it polls for the next step: two words of 32 bits, see `poll`
 ROWS = 9
 
 # Words of a row: what it does, its number and split for the board, addresses, and how long it polls: each wait of

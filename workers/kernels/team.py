@@ -27,7 +27,10 @@ ARRIVED = 16  # threads that reached the barrier
 PHASE = 32  # counts barriers; the futex that waiting threads sleep on
 ASLEEP = 33  # threads asleep on PHASE
 TABLE, FIRST, LAST = 48, 50, 52  # the job: address and row range, 64 bits each
-JOB_PATIENCE, PHASE_PATIENCE = 64, 66  # how long threads poll before they sleep on JOB and PHASE; see `poll`
+JOB_PATIENCE, PHASE_PATIENCE = (
+    64,
+    66,
+)  # how long threads poll before they sleep on JOB and PHASE: two words, `poll`
 CONTROL_WORDS = 80
 
 POLLS = 50
@@ -35,8 +38,8 @@ POLLS = 50
 may have the processor, perhaps whoever is to ring."""
 
 LEAST_NS, FIRST_NS, MOST_NS = 1_000, 64_000, 300_000
-"""How long a thread polls before it sleeps; at first, before it has learnt. To wake a sleeper up takes some 25 us in a
-virtual machine, for either side, and while both sides sleep each waits for the other's waking up as well."""
+"""How long a thread polls before it sleeps: at least, before it has learnt, and at most. To wake a sleeper up takes 25
+us in a virtual machine, for either side, and while both sides sleep each waits for the other's waking up as well."""
 
 SLICE_NS = 300_000
 """A yield that took longer went to somebody who has much to do, or the machine stood still for a moment."""
@@ -123,8 +126,9 @@ def _wake(address: int, sleepers: int, futex: int) -> None:
 def poll(address: int, seen: int, patience: int) -> bool:
     """Poll for a while; True when the word at `address` is no longer `seen`.
 
-    How long is learnt, in two words at `patience`: nanoseconds, and how often to sleep without polling (low 16 bits:
-    how often still; above: when that last began). Several threads may share what they learn.
+    How long is learnt, in two words at `patience`: nanoseconds, and two halves, how often still to sleep without
+    polling (low 16 bits) and how often after the last loss, less the times that polling has helped since. Several
+    threads may share what they learn.
     """
     limit = load_i32(patience)
     for _ in range(POLLS):
@@ -139,7 +143,8 @@ def poll(address: int, seen: int, patience: int) -> bool:
     now = since
     while now - since < limit:
         _sched_yield()
-        if now_ns() - now >= SLICE_NS:
+        before, now = now, now_ns()
+        if now - before >= SLICE_NS:
             lost(patience)
             break
         for _ in range(POLLS):
@@ -147,7 +152,6 @@ def poll(address: int, seen: int, patience: int) -> bool:
                 helped(patience, now - since)
                 return True
             pause()
-        now = now_ns()
     return load_i32(address) != seen
 
 
@@ -165,8 +169,10 @@ def lost(patience: int) -> None:
     """Polling cost the processor for a while, which somebody who sleeps gets back at once: sleep a few times, and four
     times as often when it is lost again before polling has helped as many times. A machine that stood still soon polls
     again, and next to somebody who computes all the time nearly all waits are slept through."""
-    sleeps = min(max(4 * (load_i32(patience + 4) >> 16), LEAST_SLEEPS), MOST_SLEEPS)
-    store_i32(patience + 4, sleeps << 16 | sleeps)
+    sleeps = load_i32(patience + 4)
+    if sleeps & 0xFFFF == 0:  # or another thread has told of the same loss
+        sleeps = min(max(4 * (sleeps >> 16), LEAST_SLEEPS), MOST_SLEEPS)
+        store_i32(patience + 4, sleeps << 16 | sleeps)
 
 
 @njit(**INNER)
