@@ -27,10 +27,7 @@ ARRIVED = 16  # threads that reached the barrier
 PHASE = 32  # counts barriers; the futex that waiting threads sleep on
 ASLEEP = 33  # threads asleep on PHASE
 TABLE, FIRST, LAST = 48, 50, 52  # the job: address and row range, 64 bits each
-JOB_PATIENCE, PHASE_PATIENCE = (
-    64,
-    66,
-)  # how long threads poll before they sleep on JOB and PHASE: two words, `poll`
+JOB_PATIENCE, PHASE_PATIENCE = 64, 66  # how long threads poll before they sleep on JOB and PHASE: see `poll`
 CONTROL_WORDS = 80
 
 POLLS = 50
