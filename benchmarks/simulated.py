@@ -37,6 +37,8 @@ from coordinator.simulate.lowered import time_program
 from coordinator.simulate.machine import Machine
 from coordinator.simulate.timed import Do, Job
 
+Work = Callable[[], tuple[StepResult, Shipped]]
+
 WORKERS = ("cpu:1", "cpu:1,accel:1", "cpu:1,accel:2")
 LAYERS = {"demo": (0, 1, 2, 3, 4, 5, 6), "smollm2-q4_1": (0, 1, 8, 15, 22, 30, 31)}
 """Layers on accelerators; the last is all, the output among them."""
@@ -69,7 +71,6 @@ PACES = {"demo": Pace(16, 64, WARM, 8), "smollm2-q4_1": Pace(3, 8, COLD, 2)}
 FURTHER_PACE = Pace(1, FURTHER, WARM, 8)
 EFFORT, BETWEEN = Effort(3, 4, quick=True), 5
 """A calibration, and before how many placements."""
-Work = Callable[[], tuple[StepResult, Shipped]]
 LONG_S = 20e-6
 """Shorter runs of ops, an embedding or the last norm, are also counted for themselves."""
 

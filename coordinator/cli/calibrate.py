@@ -227,7 +227,7 @@ def _say(console: Console, found: Measured, files: Sequence[Path]) -> None:
             f"{1e-9 / of.byte_s:.3g} GB/s"
         )
     if steps.memory:
-        console.print(f"[bold]memory[/]      {steps.memory / 1e9:.3g} GB/s for all workers at once")
+        console.print(f"[bold]memory[/]      {steps.memory / 1e9:.3g} GB/s for workers that read at once")
     busy = " (busy: repeat it when the machine is quiet)" if max(found.noise, steps.noise) > NOISY else ""
     console.print(
         f"[bold]noise[/]       the middle sample took {found.noise:.0%} longer than a typical one, "

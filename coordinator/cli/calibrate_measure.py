@@ -197,7 +197,7 @@ class Chains:
                 others = far if after == _BEHIND else layers(self._room, shape, 1)
                 self._noted[after] = rig.ship("noted", noted_shares(self._room, shape, nbytes, others), noted=True)
             reader = Share(reading(self._far).ops)
-            for n in {1, self._at_once}:
+            for n in (1, self._at_once) if self._at_once > 1 else ():
                 self._readers[f"readers {n}"] = rig.ship("readers", dict.fromkeys(range(n), reader))
             stack.pop_all()
         return self
@@ -249,8 +249,10 @@ def fit_steps(seconds: Samples, costs: Mapping[str, Cost], mixed: Toll = FREE, *
 def _memory(outside: Mapping[str, float], far: Room) -> float:
     """Bytes/s of weights for several workers at once, 0.0 if none was slower for the others."""
     took_s = {int(name.split()[1]): s for name, s in outside.items() if name.startswith("readers ")}
-    n, nbytes = max(took_s), weight_footprint(reading(far).ops)
-    return n * nbytes / took_s[n] if took_s[n] > _SLOWER * took_s[1] else 0.0
+    n = max(took_s, default=1)
+    if n == 1 or took_s[n] <= _SLOWER * took_s[1]:
+        return 0.0
+    return n * weight_footprint(reading(far).ops) / took_s[n]
 
 
 def _toll(name: str, outside: Mapping[str, float], costs: Mapping[str, Cost], mixed: Toll) -> Toll:
